@@ -1,0 +1,38 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+JOBS ?= 2
+
+.PHONY: demo test test-long check bench native sanitize clean
+
+# Rebuilt only when the project's metadata changes. TORCH is installed first so that a plain CPU build is used.
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/seqlib-lm demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-long: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy seqlib lm lra
+	$(BIN)/python -m pytest tests/test_layout.py
+
+bench: .venv/installed
+	$(BIN)/python -m seqlib.bench
+
+native: .venv/installed
+	$(BIN)/python -m seqlib.native build
+
+clean:
+	rm -rf .venv build dist *.egg-info seqlib/_lib

@@ -1,0 +1,26 @@
+// The same loops are compiled for several instruction sets; this picks the set at run time.
+#pragma once
+
+namespace seqlib {
+
+enum class Isa { portable, avx2, avx512 };
+
+Isa isa();
+
+}  // namespace seqlib
+
+// Declares `void name(const Args&, int64_t begin, int64_t end)` in the namespace of each instruction set, and a
+// function name##_for() that returns the one of this machine.
+#if defined(__x86_64__) || defined(_M_X64)
+#define SEQLIB_KERNEL(name, Args)                                                             \
+  namespace avx512 { void name(const Args&, int64_t, int64_t); }                              \
+  namespace avx2 { void name(const Args&, int64_t, int64_t); }                                \
+  namespace portable { void name(const Args&, int64_t, int64_t); }                            \
+  inline auto name##_for() {                                                                  \
+    return isa() == Isa::avx512 ? avx512::name : isa() == Isa::avx2 ? avx2::name : portable::name; \
+  }
+#else
+#define SEQLIB_KERNEL(name, Args)                                  \
+  namespace portable { void name(const Args&, int64_t, int64_t); } \
+  inline auto name##_for() { return portable::name; }
+#endif

@@ -1,0 +1,150 @@
+// A vector of floats as wide as the instruction set being compiled, and the few functions that plain C lacks.
+// Only kernel files include this; they are compiled once per instruction set with SEQLIB_ISA naming its namespace, and
+// everything here has internal linkage so that no wide instruction leaks into code for a narrower machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace seqlib::SEQLIB_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline vf splat(float x) { return x - vf{}; }
+
+template <class T>
+inline vf load(const T* p) {
+  if constexpr (sizeof(T) == 4) {
+    vf v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  } else {
+    vh h;
+    std::memcpy(&h, p, sizeof h);
+    return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
+  }
+}
+
+// Round to nearest even; NaN stays NaN.
+inline vh to_bf16(vf v) {
+  vu u = reinterpret_cast<vu>(v);
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  vu quiet = (u >> 16) | 0x40u;
+  return __builtin_convertvector(v == v ? rounded : quiet, vh);
+}
+
+template <class T>
+inline void store(T* p, vf v) {
+  if constexpr (sizeof(T) == 4) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    vh h = to_bf16(v);
+    std::memcpy(p, &h, sizeof h);
+  }
+}
+
+// The first n lanes, n < W; the others read as zero and are not written.
+template <class T>
+inline vf load_n(const T* p, int n) {
+  T lanes[W] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+inline void store_n(T* p, vf v, int n) {
+  T lanes[W];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
+inline float sum(vf v) {
+  float s = 0;
+  for (int i = 0; i < W; ++i) s += v[i];
+  return s;
+}
+
+inline vf min(vf a, vf b) { return a < b ? a : b; }
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+// 2^t, 2 ulp. Minimax polynomial of degree 5 on [-1/2, 1/2].
+inline vf exp2(vf t) {
+#if defined(__AVX512F__)
+  vf n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  t = min(max(t, splat(-126.0f)), splat(127.4f));
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+  vf shifted = t + magic;
+  vf n = shifted - magic;
+#endif
+  vf r = t - n;
+  vf p = r * 0.001326472731307149f + 0.009671512991189957f;
+  p = p * r + 0.05550733581185341f;
+  p = p * r + 0.24022242426872253f;
+  p = p * r + 0.6931470036506653f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
+#endif
+}
+
+constexpr float log2e = 1.4426950408889634f;
+constexpr float ln2 = 0.6931471805599453f;
+
+inline vf exp(vf x) { return exp2(x * log2e); }
+inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+inline vf silu(vf x) { return x / (1.0f + exp(-x)); }
+
+// d silu / dx, given s = sigmoid(x).
+inline vf silu_grad(vf x, vf s) { return s * (1.0f + x * (1.0f - s)); }
+
+// max(x, 0) + log1p(exp(-|x|)); log1p(e) = 2 atanh(e / (2 + e)), odd polynomial of degree 9.
+inline vf softplus(vf x) {
+  vf e = exp(x < 0.0f ? x : -x);
+  vf s = e / (2.0f + e);
+  vf z = s * s;
+  vf p = z * 0.1408916711807251f + 0.13980300724506378f;
+  p = p * z + 0.20012454688549042f;
+  p = p * z + 0.3333315849304199f;
+  p = p * z + 1.0f;
+  return max(x, splat(0.0f)) + 2.0f * s * p;
+}
+
+// Decaying states become denormal, which is slow on many CPUs; results below 1e-38 are zero inside kernels.
+class FlushDenormals {
+#if defined(__x86_64__) || defined(_M_X64)
+  unsigned saved = _mm_getcsr();
+
+ public:
+  FlushDenormals() { _mm_setcsr(saved | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved); }
+#else
+ public:
+  FlushDenormals() {}
+#endif
+};
+
+}  // namespace
+}  // namespace seqlib::SEQLIB_ISA

@@ -1,0 +1,1 @@
+"""Language modeling: text in, a trained, evaluated and generating model out."""

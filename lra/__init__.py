@@ -1,0 +1,1 @@
+"""Long Range Arena and recall tasks as an evaluation of mixers."""

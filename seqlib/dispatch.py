@@ -1,0 +1,310 @@
+"""Which implementation of an op runs, and why.
+
+Every op folder holds one literal table of `Impl` rows. `resolve` walks it in order and takes the first row that is not
+refused; every refusal is a sentence. `explain` and `python -m seqlib.dispatch` print the table for a call or a machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from seqlib.errors import BackendUnavailable
+
+__all__ = ["BACKENDS", "FORMS", "Choice", "Facts", "Impl", "Op", "explain", "preferred", "resolve", "use_backend"]
+
+BACKENDS = ("reference", "torch", "native", "triton", "vendor")
+FORMS = ("reference", "chunked", "parallel", "recurrent")
+
+
+class Facts(NamedTuple):
+    """The static facts of one call. Nothing here depends on values, so a choice holds for every call that looks alike."""
+
+    device: str
+    dtype: torch.dtype
+    seqlen: int
+    needs_grad: bool = False
+    features: frozenset[str] = frozenset()
+    """Options in use that not every row supports: "packed", "padded", "initial_state", ..."""
+    sizes: tuple[tuple[str, int], ...] = ()
+    """Sizes that limits look at, by glossary name."""
+
+    def size(self, name: str) -> int:
+        return dict(self.sizes)[name]
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One row of an op's table.
+
+    Args:
+        name: backend, one of BACKENDS.
+        form: one of FORMS.
+        target: "module:function", imported when first chosen.
+        devices: device types it runs on; empty means any.
+        dtypes: input dtypes; empty means any.
+        needs: what must be present: "native" (the compiled CPU library) or a package requirement such as "triton>=3.6".
+        limits: further check, returns a sentence when the row cannot take the call.
+        grad: whether it is differentiable.
+        refuses: features it does not support.
+        by_name_only: never chosen by auto.
+    """
+
+    name: str
+    form: str
+    target: str
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    needs: tuple[str, ...] = ()
+    limits: Callable[[Facts], str | None] | None = None
+    grad: bool = True
+    refuses: frozenset[str] = frozenset()
+    by_name_only: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: its folder's name, its table, how to read the facts off a call, and the name of its public function."""
+
+    name: str
+    impls: tuple[Impl, ...]
+    facts: Callable[..., Facts]
+    function: str
+
+    def choose(self, facts: Facts, form: str = "auto", backend: str = "auto") -> Callable[..., Any]:
+        """The function that runs for these facts. Modules that decode bind it once."""
+        choice = resolve(self, facts, form, backend)
+        return _load(choice.impl.target)
+
+
+class Refusal(NamedTuple):
+    impl: Impl
+    reason: str
+    broken: bool
+    """True when the row would fit but something is missing or failed; False when it simply does not apply."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    impl: Impl
+    refused: tuple[Refusal, ...] = field(default=())
+
+
+_scope: ContextVar[Mapping[str, str]] = ContextVar("seqlib_backend", default={})
+_loaded: dict[str, Callable[..., Any]] = {}
+_probed: dict[str, str | None] = {}
+_warned: set[str] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
+    """Choose a backend for every op called inside the block, or for single ops by keyword.
+
+    An explicit `backend=` argument wins over this, this wins over a mixer's config, and that over the environment
+    variable SEQLIB_BACKEND. A named backend is never replaced: where it cannot run, BackendUnavailable says why.
+
+    >>> with use_backend("reference"):
+    ...     pass
+    >>> with use_backend(selective_scan="torch"):
+    ...     pass
+    """
+    chosen = dict(_scope.get())
+    if name is not None:
+        chosen = {"*": _known(name)}
+    chosen.update({op: _known(backend) for op, backend in per_op.items()})
+    token = _scope.set(chosen)
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def preferred(op_name: str, backend: str = "auto", config: str = "auto") -> str:
+    """The backend in force: argument, then scope, then config, then SEQLIB_BACKEND, then auto."""
+    if backend != "auto":
+        return backend
+    scope = _scope.get()
+    scoped = scope.get(op_name, scope.get("*", "auto"))
+    if scoped != "auto":
+        return scoped
+    return config if config != "auto" else os.environ.get("SEQLIB_BACKEND", "auto")
+
+
+def resolve(op: Op, facts: Facts, form: str = "auto", backend: str = "auto") -> Choice:
+    """The first row of the op's table that takes these facts, with a reason for each row passed over.
+
+    Raises:
+        BackendUnavailable: no row is left; the message lists every reason and what to do.
+    """
+    backend = _known(preferred(op.name, backend))
+    if form != "auto" and form not in FORMS:
+        raise BackendUnavailable(f"unknown form {form!r}; known: auto, {', '.join(FORMS)}")
+    refused = []
+    for impl in op.impls:
+        refusal = _refuse(impl, facts, form, backend)
+        if refusal is None:
+            if backend == "auto":
+                _announce(op, impl, refused)
+            return Choice(impl, tuple(refused))
+        refused.append(refusal)
+    asked = f"form={form!r}, backend={backend!r}"
+    reasons = "\n".join(f"  {r.impl.name}/{r.impl.form}: {r.reason}" for r in refused)
+    raise BackendUnavailable(f"{op.name}: no implementation for {asked} on this call:\n{reasons}")
+
+
+def explain(op_name: str, *tensors: Any, form: str = "auto", backend: str = "auto", **options: Any) -> str:
+    """Print and return the table of an op for a given call: what runs, what was passed over, and why.
+
+    >>> print(explain("norm", torch.ones(1, 4, 8), torch.ones(8)).splitlines()[0])
+    norm: (1, 4, 8) float32 on cpu
+    """
+    op = _op(op_name)
+    facts = op.facts(*tensors, **options)
+    try:
+        choice: Choice | None = resolve(op, facts, form, backend)
+        error = ""
+    except BackendUnavailable as e:
+        choice, error = None, str(e)
+    shape = next((tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor)), ())
+    lines = [f"{op.name}: {shape} {str(facts.dtype).removeprefix('torch.')} on {facts.device}"]
+    reasons = {id(r.impl): r.reason for r in choice.refused} if choice else {}
+    for impl in op.impls:
+        if choice and impl is choice.impl:
+            note = "runs"
+        elif id(impl) in reasons:
+            note = f"refused: {reasons[id(impl)]}"
+        else:
+            note = "not reached" if choice else "refused"
+        lines.append(f"  {impl.name:<10}{impl.form:<10} {note}")
+    text = "\n".join(lines + ([error] if error else []))
+    print(text)
+    return text
+
+
+def op_names() -> list[str]:
+    """Every op folder of the library."""
+    ops = importlib.util.find_spec("seqlib.ops")
+    assert ops is not None and ops.submodule_search_locations
+    root = ops.submodule_search_locations[0]
+    return sorted(d.name for d in os.scandir(root) if os.path.isfile(os.path.join(d.path, "reference.py")))
+
+
+def _op(name: str) -> Op:
+    if name not in op_names():
+        raise BackendUnavailable(f"unknown op {name!r}; known: {', '.join(op_names())}")
+    return importlib.import_module(f"seqlib.ops.{name}").OP
+
+
+def _known(backend: str) -> str:
+    if backend != "auto" and backend not in BACKENDS:
+        raise BackendUnavailable(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    return backend
+
+
+def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None:
+    def quiet(reason: str) -> Refusal:
+        return Refusal(impl, reason, broken=False)
+
+    if backend not in ("auto", impl.name):
+        return quiet(f"backend={backend!r} was asked for")
+    if form not in ("auto", impl.form):
+        return quiet(f"form={form!r} was asked for")
+    if backend == "auto" and form == "auto" and impl.by_name_only:
+        return quiet("only runs when asked for by name")
+    if impl.devices and facts.device not in impl.devices:
+        return quiet(f"device is {facts.device}; it runs on {', '.join(impl.devices)}")
+    if impl.dtypes and facts.dtype not in impl.dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in impl.dtypes)
+        return quiet(f"dtype is {str(facts.dtype).removeprefix('torch.')}; it takes {known}")
+    if facts.needs_grad and not impl.grad:
+        return quiet("gradients are needed and this row has none")
+    missing = impl.refuses & facts.features
+    if missing:
+        return quiet(f"does not support {', '.join(sorted(missing))}")
+    reason = impl.limits(facts) if impl.limits else None
+    if reason:
+        return quiet(reason)
+    for need in impl.needs:
+        reason = _probe(need)
+        if reason:
+            return Refusal(impl, reason, broken=True)
+    return None
+
+
+def _probe(need: str) -> str | None:
+    """Why `need` is not there, None if it is. Asked once per process."""
+    if need not in _probed:
+        _probed[need] = _why_missing(need)
+    return _probed[need]
+
+
+def _why_missing(need: str) -> str | None:
+    if need == "native":
+        from seqlib import native
+
+        return native.why_unavailable("cpu")
+    package, _, minimum = need.partition(">=")
+    if importlib.util.find_spec(package) is None:
+        return f"package {package} is not installed; pip install {package}"
+    if minimum:
+        version = importlib.metadata.version(package)
+        if _numbers(version) < _numbers(minimum):
+            return f"package {package} {version} is older than {minimum}; pip install -U {package}"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+", maxsplit=1)[0].split(".") if part.isdigit())
+
+
+def _announce(op: Op, chosen: Impl, refused: list[Refusal]) -> None:
+    """Tell once that a better row would fit if it were not broken; an error under SEQLIB_STRICT=1."""
+    for refusal in refused:
+        key = f"{op.name}:{refusal.impl.target}"
+        if not refusal.broken or key in _warned:
+            continue
+        message = (
+            f"{op.name} runs its slower {chosen.name} form because {refusal.impl.name} is unavailable: {refusal.reason}"
+        )
+        if os.environ.get("SEQLIB_STRICT") == "1":
+            raise BackendUnavailable(message + " (SEQLIB_STRICT=1 makes this an error)")
+        _warned.add(key)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _load(target: str) -> Callable[..., Any]:
+    found = _loaded.get(target)
+    if found is None:
+        module, _, name = target.partition(":")
+        found = _loaded[target] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def _main() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("op", "backend", "form", "devices", "on this machine")
+    devices = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    for name in op_names():
+        for impl in _op(name).impls:
+            if impl.devices and not devices & set(impl.devices):
+                note = f"no {' or '.join(impl.devices)} device"
+            else:
+                note = next(filter(None, map(_probe, impl.needs)), "ready")
+            table.add_row(name, impl.name, impl.form, ", ".join(impl.devices) or "any", note)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    _main()

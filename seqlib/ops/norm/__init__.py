@@ -1,0 +1,84 @@
+"""Root-mean-square normalisation, optionally gated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqlib.dispatch import Facts, Impl, Op
+from seqlib.errors import UnsupportedInput
+
+__all__ = ["IMPLS", "OP", "rms_norm"]
+
+_HERE = "seqlib.ops.norm"
+IMPLS = (
+    Impl(
+        "native",
+        "parallel",
+        f"{_HERE}.native_impl:rms_norm",
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+        needs=("native",),
+    ),
+    Impl("torch", "parallel", f"{_HERE}.torch_impl:rms_norm"),
+    Impl("reference", "reference", f"{_HERE}.reference:rms_norm"),
+)
+
+
+def facts(x: Tensor, weight: Tensor | None = None, *, gate: Tensor | None = None, **_: Any) -> Facts:
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, gate))
+    return Facts(x.device.type, x.dtype, x.shape[-2] if x.dim() > 1 else 1, needs_grad)
+
+
+OP = Op("norm", IMPLS, facts, "rms_norm")
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    gate: Tensor | None = None,
+    norm_before_gate: bool = False,
+    group_size: int | None = None,
+    eps: float = 1e-5,
+    form: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Divide each group of features by its root mean square, scale it, and gate it.
+
+        norm_before_gate=False:  y = rms(x * silu(gate)) * weight
+        norm_before_gate=True:   y = rms(x) * weight * silu(gate)
+        rms(v) = v / sqrt(mean(v^2) + eps), mean over `group_size` contiguous features
+
+    Computed in float32 (float64 for float64 inputs) and returned in the dtype of x.
+
+    Args:
+        x: (..., d).
+        weight: (d,), any float dtype; None for a weightless norm.
+        gate: the shape and dtype of x; None for no gate.
+        group_size: divides d; None is the whole width.
+
+    Returns:
+        (..., d) in the dtype of x.
+
+    Raises:
+        UnsupportedInput: shapes, dtypes or devices do not fit.
+
+    Source: Zhang and Sennrich 2019, eq. 4; the two orders of the gate are those of Mamba-2 (state-spaces/mamba,
+    layernorm_gated.py), whose eps of 1e-5 is the default here.
+    """
+    d = x.shape[-1]
+    if weight is not None and tuple(weight.shape) != (d,):
+        raise UnsupportedInput(f"weight must have shape ({d},) like the last axis of x, got {tuple(weight.shape)}")
+    if gate is not None and (gate.shape != x.shape or gate.dtype != x.dtype):
+        raise UnsupportedInput(
+            f"gate must match x: {x.dtype} {tuple(x.shape)}, got {gate.dtype} {tuple(gate.shape)}; cast or reshape it"
+        )
+    if any(t is not None and t.device != x.device for t in (weight, gate)):
+        raise UnsupportedInput("x, weight and gate must be on one device; move them with .to(x.device)")
+    if group_size is not None and (group_size < 1 or d % group_size):
+        raise UnsupportedInput(f"group_size must divide d={d}, got {group_size}")
+    run = OP.choose(facts(x, weight, gate=gate), form, backend)
+    return run(x, weight, gate=gate, norm_before_gate=norm_before_gate, group_size=group_size, eps=eps)

@@ -1,0 +1,30 @@
+"""Seeds, threads and poisoned memory for every test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh float memory holds NaN, so an output that is not written cannot pass."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poisoned(make):
+        def fill(*args, **kwargs):
+            made = make(*args, **kwargs)
+            floating = made.is_floating_point() or made.is_complex()
+            return made.fill_(float("nan")) if floating and made.device.type != "meta" else made
+
+        return fill
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))

@@ -1,0 +1,144 @@
+"""Every row of every op against its float64 reference, outputs and gradients, on the cases the op names."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from seqlib import native
+from seqlib.dispatch import Impl, Op, op_names, resolve
+from seqlib.errors import BackendUnavailable
+from seqlib.ops.case import Case, outputs
+
+OPS: dict[str, Op] = {name: importlib.import_module(f"seqlib.ops.{name}").OP for name in op_names()}
+CASES: dict[str, tuple[Case, ...]] = {
+    name: importlib.import_module(f"seqlib.ops.{name}.cases").CASES for name in op_names()
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+# Largest absolute error on outputs of unit scale, and on gradients relative to their largest entry.
+ABSOLUTE = {torch.float64: 1e-10, torch.float32: 1e-5}
+GRADIENT = {torch.float64: 1e-10, torch.float32: 1e-4}
+# Relative RMS error of 16-bit results against the reference on the same rounded inputs.
+RMS, RMS_GRADIENT = 6e-3, 1e-2
+
+
+def _grid():
+    for name, op in OPS.items():
+        for impl in op.impls:
+            for case in CASES[name]:
+                for dtype in DTYPES:
+                    if (
+                        case.bench
+                        or (impl.dtypes and dtype not in impl.dtypes)
+                        or "cpu" not in (*impl.devices, "cpu")[:1]
+                    ):
+                        continue
+                    if impl.name == "reference" and dtype == torch.float64:
+                        continue
+                    if impl.needs == ("native",):
+                        for isa in ("avx512", "avx2", "portable"):
+                            yield pytest.param(
+                                op, impl, case, dtype, isa, id=f"{name}-{impl.name}-{case.name}-{_short(dtype)}-{isa}"
+                            )
+                    else:
+                        yield pytest.param(
+                            op,
+                            impl,
+                            case,
+                            dtype,
+                            None,
+                            id=f"{name}-{impl.name}-{impl.form}-{case.name}-{_short(dtype)}",
+                        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _run(op: Op, inputs: dict, form: str, backend: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Outputs, and the gradients of a fixed random combination of them with respect to every tensor input."""
+    function = getattr(importlib.import_module(f"seqlib.ops.{op.name}"), op.function)
+    made = outputs(function(**inputs, form=form, backend=backend))
+    smooth = [t for t in made if t.requires_grad]
+    leaves = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+    g = torch.Generator().manual_seed(1)
+    loss = sum(
+        ((t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype)).real.sum() for t in smooth),
+        torch.zeros(()),
+    )
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if smooth else []
+    return [t.detach() for t in made], {k: g for k, g in zip(leaves, grads) if g is not None}
+
+
+def _close(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, *, gradient: bool) -> None:
+    assert got.shape == want.shape, name
+    assert bool(torch.isfinite(got.abs()).all()), f"{name} has NaN or Inf"
+    wide = torch.complex128 if want.is_complex() else torch.float64
+    got, want = got.to(wide), want.to(wide)
+    error = (got - want).abs()
+    if dtype in ABSOLUTE:
+        scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
+        bound = (GRADIENT if gradient else ABSOLUTE)[dtype]
+        assert float(error.max() if error.numel() else 0) <= bound * scale, f"{name}: {float(error.max())}"
+    else:
+        bound = RMS_GRADIENT if gradient else RMS
+        assert float(error.square().mean().sqrt()) <= bound * float(want.abs().square().mean().sqrt()) + 1e-7, name
+
+
+@pytest.fixture
+def isa(request):
+    """Run the native kernels in one instruction set."""
+    wanted = request.param
+    if wanted is None:
+        yield
+        return
+    reason = native.why_unavailable("cpu")
+    if reason:
+        pytest.skip(f"no native library: {reason}")
+    before = torch.ops.seqlib.isa(None)
+    try:
+        torch.ops.seqlib.isa(wanted)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    yield
+    torch.ops.seqlib.isa(before)
+
+
+@pytest.mark.parametrize(("op", "impl", "case", "dtype", "isa"), list(_grid()), indirect=["isa"])
+def test_row_equals_reference(op: Op, impl: Impl, case: Case, dtype: torch.dtype, isa) -> None:
+    inputs = case.inputs(dtype, requires_grad=True)
+    try:
+        resolve(op, op.facts(**inputs), impl.form, impl.name)
+    except BackendUnavailable as error:
+        assert impl.limits or impl.refuses, str(error)
+        pytest.skip(f"outside this row: {error}")
+    # 16-bit: the reference sees the same rounded numbers in float32, parameters as they are.
+    exact = torch.float64 if dtype == torch.float64 or dtype == torch.float32 else torch.float32
+    truth = {
+        k: v.detach().to(exact).requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    truth = {
+        k: v.detach().to(torch.complex128).requires_grad_() if isinstance(v, torch.Tensor) and v.is_complex() else v
+        for k, v in truth.items()
+    }
+    got, got_grads = _run(op, inputs, impl.form, impl.name)
+    want, want_grads = _run(op, truth, "reference", "reference")
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want)):
+        _close(f"output {i}", a, b, dtype, gradient=False)
+    assert got_grads.keys() == want_grads.keys()
+    for k in got_grads:
+        _close(f"gradient of {k}", got_grads[k], want_grads[k], dtype, gradient=True)
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_auto_takes_every_case(name: str) -> None:
+    """`auto` finds a row for every case in every dtype, with and without gradients."""
+    for case in CASES[name]:
+        if not case.bench:
+            for dtype in DTYPES:
+                resolve(OPS[name], OPS[name].facts(**case.inputs(dtype, requires_grad=True)))
