@@ -241,6 +241,7 @@ def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None
     return None
 
 
+@torch.compiler.assume_constant_result  # a compiler tracing a model asks here once, at trace time
 def _probe(need: str) -> str | None:
     """Why `need` is not there, None if it is. Asked once per process."""
     if need not in _probed:
@@ -283,11 +284,15 @@ def _announce(op: Op, chosen: Impl, refused: list[Refusal]) -> None:
 
 
 def _load(target: str) -> Callable[..., Any]:
-    found = _loaded.get(target)
-    if found is None:
+    _import(target)
+    return _loaded[target]
+
+
+@torch.compiler.assume_constant_result
+def _import(target: str) -> None:
+    if target not in _loaded:
         module, _, name = target.partition(":")
-        found = _loaded[target] = getattr(importlib.import_module(module), name)
-    return found
+        _loaded[target] = getattr(importlib.import_module(module), name)
 
 
 def _main() -> None:

@@ -239,7 +239,7 @@ def test_mamba_starts_as_published() -> None:
     mixer = build_mixer({"kind": "mamba"}, 256, n_layer=16, branches=1)
     torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).expand(512, 16))
     dt = torch.nn.functional.softplus(mixer.dt_bias)
-    assert 0.999e-3 <= float(dt.min()) and float(dt.max()) <= 0.1001
+    assert float(dt.min()) >= 0.999e-3 and float(dt.max()) <= 0.1001
     assert float(dt.log().std()) == pytest.approx(torch.log(torch.tensor(100.0)).item() / 12**0.5, rel=0.1)
     assert torch.equal(mixer.D, torch.ones(512))
     bounds = {"in_proj": 256**-0.5, "x_proj": 512**-0.5, "dt_proj": 16**-0.5, "out_proj": 512**-0.5 / 4}
