@@ -35,6 +35,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     """What the models share: loading, initialisation and what transformers wants to know about them."""
 
     config: SeqlibConfig
+    config_class = SeqlibConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
@@ -142,6 +143,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
     """Language model: embedding, backbone and a head, tied to the embedding unless the config says otherwise."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    computes_loss_without_logits = True
 
     def __init__(self, config: SeqlibConfig) -> None:
         super().__init__(config)
