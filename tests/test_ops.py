@@ -116,7 +116,7 @@ def test_row_equals_reference(op: Op, impl: Impl, case: Case, dtype: torch.dtype
         assert impl.limits or impl.refuses, str(error)
         pytest.skip(f"outside this row: {error}")
     # 16-bit: the reference sees the same rounded numbers in float32, parameters as they are.
-    exact = torch.float64 if dtype == torch.float64 or dtype == torch.float32 else torch.float32
+    exact = torch.float32 if dtype == torch.bfloat16 else torch.float64
     truth = {
         k: v.detach().to(exact).requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         for k, v in inputs.items()
