@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from seqlib.dispatch import use_backend, used
-from seqlib.errors import ConfigError, CorpusError
+from seqlib.errors import ConfigError, CorpusError, SeqlibError
 from seqlib.hf import SeqlibConfig, SeqlibForCausalLM, SeqlibTrainer
 
 from .corpus import Corpus, read_corpus, stdlib_corpus
@@ -158,7 +159,7 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
 
 
 class _Trainer(SeqlibTrainer):
-    """Evaluates with the state carried through whole documents instead of batches of windows."""
+    """Evaluates with the state carried through whole documents, and says what is left when a checkpoint fails."""
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -172,6 +173,17 @@ class _Trainer(SeqlibTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last = get_last_checkpoint(self.args.output_dir)
+            raise SeqlibError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({error}). "
+                + (f"{last} is whole" if last else "there is none before it")
+                + f": make room and continue with --resume {Path(self.args.output_dir).parent}"
+            ) from error
 
 
 class _RecordBackends(TrainerCallback):
