@@ -47,10 +47,11 @@ class Case:
             if not isinstance(value, Tensor):
                 return value
             if value.is_complex():
-                return value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
-            if not value.is_floating_point():
+                value = value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
+            elif value.is_floating_point():
+                value = value.to(device, torch.float32 if half and name in self.keep else dtype)
+            else:
                 return value.to(device)
-            value = value.to(device, torch.float32 if half and name in self.keep else dtype)
             return value.requires_grad_(requires_grad)
 
         made = self.build(torch.Generator().manual_seed(seed))
