@@ -121,11 +121,12 @@ class Mamba(Mixer[MambaConfig]):
     ) -> tuple[Tensor, MambaState]:
         self.check(x, seq)
         x, z = self.in_proj(x).chunk(2, -1)
-        x, conv = self.conv1d(x, state and state.conv, seq)
+        before, ssm = (None, None) if state is None else (state.conv, state.ssm)
+        x, conv = self.conv1d(x, before, seq)
         dt, B, C = self._dt_B_C(x)
         y, ssm = selective_scan(
             x, dt, self._A(), B, C, D=wide(self.D), z=z, dt_bias=wide(self.dt_bias), dt_softplus=True,
-            initial_state=state and state.ssm, seq=seq, backend=self.backend("selective_scan"),
+            initial_state=ssm, seq=seq, backend=self.backend("selective_scan"),
         )  # fmt: skip
         return self.out_proj(y), MambaState(conv, ssm)
 
