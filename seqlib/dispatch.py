@@ -21,7 +21,19 @@ import torch
 
 from seqlib.errors import BackendUnavailable
 
-__all__ = ["BACKENDS", "FORMS", "Choice", "Facts", "Impl", "Op", "explain", "preferred", "resolve", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "FORMS",
+    "Choice",
+    "Facts",
+    "Impl",
+    "Op",
+    "explain",
+    "preferred",
+    "resolve",
+    "use_backend",
+    "used",
+]
 
 BACKENDS = ("reference", "torch", "native", "triton", "vendor")
 FORMS = ("reference", "chunked", "parallel", "recurrent")
@@ -189,6 +201,11 @@ def explain(op_name: str, *tensors: Any, form: str = "auto", backend: str = "aut
     text = "\n".join(lines + ([error] if error else []))
     print(text)
     return text
+
+
+def used() -> list[str]:
+    """Every implementation that was chosen in this process so far, as "module:function"; runs write it down."""
+    return sorted(_loaded)
 
 
 def op_names() -> list[str]:
