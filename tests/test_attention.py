@@ -407,7 +407,7 @@ def test_bad_configs_are_refused(config: dict, message: str) -> None:
 
 
 def test_bidirectional_mixer_refuses_states() -> None:
-    mixer = build_mixer({"kind": "attention", "nheads": 2, "causal": False}, 32)
+    mixer = build_mixer({"kind": "attention", "nheads": 2, "causal": False, "rotary": False}, 32)
     x = torch.randn(1, 9, 32)
     torch.testing.assert_close(mixer(x.flip(1))[0].flip(1), mixer(x)[0])
     with pytest.raises(UnsupportedInput, match="takes no state"):
