@@ -21,14 +21,26 @@ import torch
 
 from seqlib.errors import BackendUnavailable
 
-__all__ = ["BACKENDS", "FORMS", "Choice", "Facts", "Impl", "Op", "explain", "preferred", "resolve", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "FORMS",
+    "Choice",
+    "Facts",
+    "Impl",
+    "Op",
+    "explain",
+    "preferred",
+    "resolve",
+    "use_backend",
+    "used",
+]
 
 BACKENDS = ("reference", "torch", "native", "triton", "vendor")
 FORMS = ("reference", "chunked", "parallel", "recurrent")
 
 
 class Facts(NamedTuple):
-    """The static facts of one call. Nothing here depends on values, so a choice holds for every call that looks alike."""
+    """The static facts of one call. Nothing here depends on values: a choice holds for every call that looks alike."""
 
     device: str
     dtype: torch.dtype
@@ -100,7 +112,7 @@ class Choice:
     refused: tuple[Refusal, ...] = field(default=())
 
 
-_scope: ContextVar[Mapping[str, str]] = ContextVar("seqlib_backend", default={})
+_scope: ContextVar[Mapping[str, str] | None] = ContextVar("seqlib_backend", default=None)
 _loaded: dict[str, Callable[..., Any]] = {}
 _probed: dict[str, str | None] = {}
 _warned: set[str] = set()
@@ -118,7 +130,7 @@ def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
     >>> with use_backend(selective_scan="torch"):
     ...     pass
     """
-    chosen = dict(_scope.get())
+    chosen = dict(_scope.get() or {})
     if name is not None:
         chosen = {"*": _known(name)}
     chosen.update({op: _known(backend) for op, backend in per_op.items()})
@@ -133,7 +145,7 @@ def preferred(op_name: str, backend: str = "auto", config: str = "auto") -> str:
     """The backend in force: argument, then scope, then config, then SEQLIB_BACKEND, then auto."""
     if backend != "auto":
         return backend
-    scope = _scope.get()
+    scope = _scope.get() or {}
     scoped = scope.get(op_name, scope.get("*", "auto"))
     if scoped != "auto":
         return scoped
@@ -149,7 +161,7 @@ def resolve(op: Op, facts: Facts, form: str = "auto", backend: str = "auto") -> 
     backend = _known(preferred(op.name, backend))
     if form != "auto" and form not in FORMS:
         raise BackendUnavailable(f"unknown form {form!r}; known: auto, {', '.join(FORMS)}")
-    refused = []
+    refused: list[Refusal] = []
     for impl in op.impls:
         refusal = _refuse(impl, facts, form, backend)
         if refusal is None:
@@ -189,6 +201,11 @@ def explain(op_name: str, *tensors: Any, form: str = "auto", backend: str = "aut
     text = "\n".join(lines + ([error] if error else []))
     print(text)
     return text
+
+
+def used() -> list[str]:
+    """Every implementation that was chosen in this process so far, as "module:function"; runs write it down."""
+    return sorted(_loaded)
 
 
 def op_names() -> list[str]:
@@ -241,6 +258,7 @@ def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None
     return None
 
 
+@torch.compiler.assume_constant_result  # a compiler tracing a model asks here once, at trace time
 def _probe(need: str) -> str | None:
     """Why `need` is not there, None if it is. Asked once per process."""
     if need not in _probed:
@@ -283,11 +301,15 @@ def _announce(op: Op, chosen: Impl, refused: list[Refusal]) -> None:
 
 
 def _load(target: str) -> Callable[..., Any]:
-    found = _loaded.get(target)
-    if found is None:
+    _import(target)
+    return _loaded[target]
+
+
+@torch.compiler.assume_constant_result
+def _import(target: str) -> None:
+    if target not in _loaded:
         module, _, name = target.partition(":")
-        found = _loaded[target] = getattr(importlib.import_module(module), name)
-    return found
+        _loaded[target] = getattr(importlib.import_module(module), name)
 
 
 def _main() -> None:

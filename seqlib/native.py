@@ -1,8 +1,8 @@
 """Find, build and load the compiled kernels.
 
 Nothing is compiled at import. The first op that wants the native library gets, in this order: the library that
-`python -m seqlib.native build` put into the package, the one in the user's cache, or a build into that cache. A failure is
-remembered as one sentence, and ops then run their torch form and say so.
+`python -m seqlib.native build` put into the package, the one in the user's cache, or a build into that cache. A failure
+is remembered as one sentence, and ops then run their torch form and say so.
 
 Environment: SEQLIB_JIT=0 forbids building on first use; SEQLIB_CACHE moves the cache (default: seqlib in
 XDG_CACHE_HOME or ~/.cache); CXX names the compiler (default: c++, g++ or clang++).

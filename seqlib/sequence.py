@@ -164,7 +164,12 @@ class State:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the state."""
         found: list[Tensor] = []
-        self.map(lambda t: (found.append(t), t)[1])
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(note)
         return iter(found)
 
     def reorder(self: S, index: Tensor) -> S:

@@ -1,0 +1,1 @@
+"""Small layers that mixers and blocks are made of."""

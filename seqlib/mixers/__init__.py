@@ -1,0 +1,48 @@
+"""Sequence mixers, one file each, and the table of them all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from seqlib.errors import ConfigError
+from seqlib.mixers.attention import Attention, SlidingAttention
+from seqlib.mixers.base import Mixer, MixerConfig
+from seqlib.mixers.mamba import Mamba
+
+__all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
+
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "sliding_attention": SlidingAttention,
+    "mamba": Mamba,
+}
+
+
+def mixer_config(values: Mapping[str, Any] | MixerConfig) -> MixerConfig:
+    """A typed config from plain values with a `kind`; unknown kinds and fields are refused with the known ones.
+
+    >>> mixer_config({"kind": "mamba", "d_state": 8}).d_state
+    8
+    """
+    if isinstance(values, MixerConfig):
+        return values
+    fields = dict(values)
+    kind = fields.get("kind")
+    if kind not in MIXERS:
+        raise ConfigError(f"unknown mixer kind {kind!r}; known: {', '.join(sorted(MIXERS))}")
+    cls = MIXERS[kind].Config
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise ConfigError(f"{kind} has no field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return cls(**fields)
+
+
+def build_mixer(
+    config: MixerConfig | Mapping[str, Any], d_model: int, layer_index: int = 0, n_layer: int = 1, *, branches: int = 1
+) -> Mixer:
+    """The mixer that a config describes, at its place in a stack (see `Mixer`)."""
+    config = mixer_config(config)
+    return MIXERS[config.kind](config, d_model, layer_index=layer_index, n_layer=n_layer, branches=branches)

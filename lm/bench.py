@@ -1,0 +1,133 @@
+"""Whole models against their peers in transformers: same weights, same logits, then the clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqlib.errors import SeqlibError
+
+__all__ = ["Timing", "bench_mamba", "interleaved"]
+
+
+@dataclass
+class Timing:
+    """Seconds of repeated runs: wall clock and processor time of all threads."""
+
+    wall: list[float]
+    cpu: list[float]
+
+    def as_dict(self) -> dict[str, float]:
+        return {
+            "wall_s": statistics.median(self.wall),
+            "wall_min_s": min(self.wall),
+            "cpu_s": statistics.median(self.cpu),
+            "repeats": len(self.wall),
+        }
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, budget: float) -> dict[str, Timing]:
+    """Time several functions in turns, so that a disturbance of the machine meets them all.
+
+    A function stops taking part once it has used `budget` seconds, after at least one timed run.
+    """
+    timings = {name: Timing([], []) for name in runs}
+    for run in runs.values():
+        run()  # warm-up: caches, thread pools, compiled kernels
+    for _ in range(repeats):
+        for name, run in runs.items():
+            if timings[name].wall and sum(timings[name].wall) > budget:
+                continue
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            timings[name].wall.append(time.perf_counter() - wall)
+            timings[name].cpu.append(time.process_time() - cpu)
+    return timings
+
+
+def _pair(n_layer: int) -> tuple[nn.Module, nn.Module]:
+    """A Mamba of 130M geometry with random weights: ours, and transformers' with the very same weights."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from seqlib.hf import SeqlibConfig, SeqlibForCausalLM
+    from seqlib.hf.convert import config_from_mamba, weights_from_mamba
+
+    torch.manual_seed(0)
+    config = MambaConfig(hidden_size=768, num_hidden_layers=n_layer, vocab_size=50280)
+    theirs = MambaForCausalLM(config).eval()
+    # transformers draws projections from N(0, 0.1), which makes logits chaotic; published models start small.
+    for name, parameter in theirs.named_parameters():
+        if parameter.dim() == 2 and not name.endswith("A_log"):
+            nn.init.normal_(parameter, std=0.02)
+    ours = SeqlibForCausalLM(SeqlibConfig(**config_from_mamba(config.to_dict()))).eval()
+    ours.load_state_dict(weights_from_mamba(theirs.state_dict()))
+    return ours, theirs
+
+
+def bench_mamba(
+    *,
+    n_layer: int = 24,
+    train_layers: int = 2,
+    seqlen: int = 512,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    budget: float = 60.0,
+) -> dict[str, Any]:
+    """Forward, training step and greedy decoding of a 130M Mamba beside transformers' MambaForCausalLM.
+
+    The training step is compared on `train_layers` layers of the same width, because the peer's backward is quadratic
+    in seqlen and takes minutes at full depth.
+
+    Raises:
+        SeqlibError: logits or greedy tokens differ; a wrong model has no speed.
+    """
+    ids = torch.randint(50280, (1, seqlen), generator=torch.Generator().manual_seed(1))
+    report = {"n_layer": n_layer, "seqlen": seqlen, "train_layers": train_layers, "new_tokens": new_tokens}
+    report |= _inference(_pair(n_layer), ids, new_tokens, repeats, budget)
+    models = dict(zip(("seqlib", "transformers"), _pair(train_layers)))
+    steps = {name: _training_step(model, ids) for name, model in models.items()}
+    return report | {"train": _ratio(interleaved(steps, repeats, budget))}
+
+
+@torch.no_grad()
+def _inference(pair: tuple[Any, Any], ids: Tensor, new_tokens: int, repeats: int, budget: float) -> dict[str, Any]:
+    ours, theirs = pair
+    got, want = ours(ids).logits, theirs(ids).logits
+    error = float((got - want).norm() / want.norm())
+    if error > 2e-5:
+        raise SeqlibError(f"logits differ by {error:.1e} relative; no speed is reported")
+    models = {"seqlib": ours, "transformers": theirs}
+    forward = interleaved({name: partial(model, ids) for name, model in models.items()}, repeats, budget)
+
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    generate = {name: partial(model.generate, ids[:, :16], **lengths) for name, model in models.items()}
+    if not torch.equal(generate["seqlib"](), generate["transformers"]()):
+        raise SeqlibError("greedy continuations differ; no speed is reported")
+    decode = interleaved(generate, repeats, budget)
+    speeds = {f"{name}_tokens_per_s": new_tokens / statistics.median(t.wall) for name, t in decode.items()}
+    return {"logits_relative_error": error, "forward": _ratio(forward), "decode": _ratio(decode) | speeds}
+
+
+def _training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def _ratio(timings: dict[str, Timing]) -> dict[str, Any]:
+    made: dict[str, Any] = {name: timing.as_dict() for name, timing in timings.items()}
+    made["ratio"] = made["transformers"]["wall_s"] / made["seqlib"]["wall_s"]
+    return made

@@ -1,0 +1,76 @@
+"""Channel mixers: what follows the sequence mixer in a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqlib.errors import ConfigError
+from seqlib.layers.init import linear_
+
+__all__ = ["MLP", "MLPConfig"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """Width and form of a channel mixer."""
+
+    d_mlp: int | None = None
+    """Hidden width; None takes 8/3 * d_model when gated, 4 * d_model otherwise, rounded up to `multiple_of`."""
+    gated: bool = True
+    """y = down(act(gate(x)) * up(x)) (SwiGLU, and SGLU with activation "identity"); otherwise down(act(up(x)))."""
+    activation: str = "silu"
+    bias: bool = False
+    multiple_of: int = 128
+
+    def __post_init__(self) -> None:
+        if self.activation not in _ACTIVATIONS:
+            raise ConfigError(f"mlp activation {self.activation!r} is unknown; known: {', '.join(_ACTIVATIONS)}")
+        if self.multiple_of < 1 or (self.d_mlp is not None and self.d_mlp < 1):
+            raise ConfigError(f"mlp widths must be positive, got d_mlp={self.d_mlp}, multiple_of={self.multiple_of}")
+
+    def width(self, d_model: int) -> int:
+        """The hidden width for a model of `d_model`."""
+        if self.d_mlp is not None:
+            return self.d_mlp
+        wanted = -(-8 * d_model // 3) if self.gated else 4 * d_model
+        return -(-wanted // self.multiple_of) * self.multiple_of
+
+
+class MLP(nn.Module):
+    """Position-wise gated or plain two-layer network.
+
+    Source: Shazeer 2020 (GLU variants), eq. 6 for the gated form.
+    """
+
+    def __init__(self, config: MLPConfig, d_model: int, *, residual_scale: float = 1.0) -> None:
+        super().__init__()
+        width = config.width(d_model)
+        self.activation = _ACTIVATIONS[config.activation]
+        self.residual_scale = residual_scale
+        self.up_proj = nn.Linear(d_model, width, bias=config.bias)
+        self.gate_proj = nn.Linear(d_model, width, bias=config.bias) if config.gated else None
+        self.down_proj = nn.Linear(width, d_model, bias=config.bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        linear_(self.up_proj)
+        if self.gate_proj is not None:
+            linear_(self.gate_proj)
+        linear_(self.down_proj, self.residual_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,119 @@
+"""The stack of blocks between embedding and head, its states and its clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from seqlib.errors import UnsupportedInput
+from seqlib.layers.norm import RMSNorm
+from seqlib.mixers import Mixer
+from seqlib.models.block import Block
+from seqlib.models.config import BackboneConfig
+from seqlib.sequence import SequenceInfo, State, StateList
+
+__all__ = ["Backbone", "param_groups"]
+
+
+class Backbone(nn.Module):
+    """Blocks and a final norm: (batch, seqlen, d_model) -> the same, with one state per layer.
+
+    Only the backbone advances `StateList.seqlen`.
+    """
+
+    _gradient_checkpointing_func: Callable[..., Any]
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers: Sequence[Block] = nn.ModuleList(Block(config, i) for i in range(config.n_layer))  # type: ignore[assignment]
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        # The names that transformers' gradient_checkpointing_enable() looks for and sets.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = _checkpoint
+
+    def forward(
+        self, x: Tensor, state: StateList | None = None, seq: SequenceInfo | None = None
+    ) -> tuple[Tensor, StateList]:
+        """Run a span. `state` is what an earlier span returned, or None at the beginning; it is left as it was."""
+        if state is not None and len(state) != len(self.layers):
+            raise UnsupportedInput(f"state has {len(state)} layers, the model {len(self.layers)}")
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        remember = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        states: list[State] = []
+        for i, layer in enumerate(self.layers):
+            before = None if state is None else state[i]
+            if remember:
+                x, after = self._gradient_checkpointing_func(layer.__call__, x, before, seq)
+            else:
+                x, after = layer(x, before, seq)
+            states.append(after)
+        seen = 0 if state is None else state.seqlen
+        return self.norm(x), StateList(states, seen + x.shape[1])
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: StateList) -> tuple[Tensor, StateList]:
+        """One position, x: (batch, d_model). Writes into `state` and returns it."""
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        for i, layer in enumerate(self.layers):
+            x, state.states[i] = layer.step(x, state.states[i])
+        state.seqlen += 1
+        return self.norm(x), state
+
+    def initial_state(
+        self,
+        batch: int,
+        max_seqlen: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StateList:
+        """The state before the first position; `max_seqlen` lets key-value caches be allocated once."""
+        return StateList(
+            [self.mixer(i).initial_state(batch, max_seqlen, device, dtype) for i in range(len(self.layers))]
+        )
+
+    def mixer(self, index: int) -> Mixer:
+        """The sequence mixer of one layer."""
+        return self.layers[index].mixer
+
+    def state_bytes(self, batch: int, seqlen: int) -> int:
+        """Size of the whole state after `seqlen` positions."""
+        return sum(self.mixer(i).state_bytes(batch, seqlen) for i in range(len(self.layers)))
+
+    def special_parameters(self) -> dict[str, dict[str, Any]]:
+        """Optimizer options by full parameter name, as the mixers ask for them."""
+        options = {}
+        for i in range(len(self.layers)):
+            for names, wanted in self.mixer(i).param_groups():
+                options.update({f"layers.{i}.mixer.{name}": wanted for name in names})
+        return options
+
+
+def param_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups for a model that contains backbones.
+
+    Weight decay falls on matrices only: vectors (norms, biases) have none, and what a mixer names in its own
+    `param_groups` gets the options it asks for.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for prefix, part in module.named_modules():
+        if isinstance(part, Backbone):
+            options.update({f"{prefix}.{k}".lstrip("."): v for k, v in part.special_parameters().items()})
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        wanted = {"lr": lr, "weight_decay": weight_decay if parameter.dim() > 1 else 0.0} | options.get(name, {})
+        group = groups.setdefault(tuple(sorted(wanted.items())), {"params": [], **wanted})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False)

@@ -1,0 +1,107 @@
+"""What a stack of blocks looks like: a value that can be printed, stored and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from seqlib.errors import ConfigError
+from seqlib.layers.mlp import MLPConfig
+from seqlib.mixers import MixerConfig, mixer_config
+
+__all__ = ["BackboneConfig", "expand_pattern"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A stack of `n_layer` blocks whose mixers follow `layer_pattern`.
+
+    >>> config = BackboneConfig(d_model=64, n_layer=3, mixers={"m": {"kind": "mamba"}}, layer_pattern="m")
+    >>> config.layer_pattern
+    ('m', 'm', 'm')
+    """
+
+    d_model: int
+    """Residual width."""
+    n_layer: int
+    mixers: Mapping[str, MixerConfig]
+    """Mixer configs (or plain dicts with a `kind`) by the names that the pattern uses."""
+    layer_pattern: tuple[str, ...]
+    """A name per layer. The short form "m*5 a" is expanded, and tiled over n_layer, when the config is made."""
+    mlp: MLPConfig | None = None
+    """Channel mixer after every sequence mixer; None for none, as in Mamba."""
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    """Keep the residual stream in float32 whatever the dtype of the parameters."""
+    tile: str = "exact"
+    """"exact": the pattern's length must divide n_layer; "truncate": the last repetition may be cut (Griffin)."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layer"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.tile not in ("exact", "truncate"):
+            raise ConfigError(f"tile must be 'exact' or 'truncate', got {self.tile!r}")
+        set_ = object.__setattr__  # the stored value is always the expanded one
+        set_(self, "mixers", {name: mixer_config(values) for name, values in self.mixers.items()})
+        set_(self, "layer_pattern", expand_pattern(self.layer_pattern, self.n_layer, self.mixers, self.tile))
+        if isinstance(self.mlp, Mapping):
+            set_(self, "mlp", _from_fields(MLPConfig, self.mlp, "mlp"))
+
+    @property
+    def branches(self) -> int:
+        """Residual branches per layer."""
+        return 1 if self.mlp is None else 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold; `from_dict` reads them back exactly."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return plain | {
+            "mixers": {name: config.to_dict() for name, config in self.mixers.items()},
+            "layer_pattern": list(self.layer_pattern),
+            "mlp": None if self.mlp is None else dataclasses.asdict(self.mlp),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BackboneConfig:
+        return _from_fields(cls, values, "backbone")
+
+
+def expand_pattern(
+    pattern: str | list[str] | tuple[str, ...], n_layer: int, names: Mapping[str, Any], tile: str = "exact"
+) -> tuple[str, ...]:
+    """The explicit name of every layer.
+
+    >>> expand_pattern("m*2 a", 6, {"m": 0, "a": 0})
+    ('m', 'm', 'a', 'm', 'm', 'a')
+    """
+    words = pattern.split() if isinstance(pattern, str) else list(pattern)
+    unit: list[str] = []
+    for word in words:
+        found = re.fullmatch(r"(\w+)(?:\*(\d+))?", word)
+        if found is None or found[1] not in names or found[2] == "0":
+            raise ConfigError(
+                f"layer_pattern has {word!r}; write names of mixers, each alone or as name*count: {', '.join(names)}"
+            )
+        unit += [found[1]] * int(found[2] or 1)
+    if not unit or len(unit) > n_layer or (n_layer % len(unit) and tile == "exact"):
+        raise ConfigError(
+            f"layer_pattern {pattern!r} describes {len(unit)} layers, which do not tile n_layer={n_layer}; "
+            "change one of them, or set tile='truncate' to cut the last repetition"
+        )
+    unused = sorted(names.keys() - set(unit))
+    if unused:
+        raise ConfigError(f"mixers {', '.join(unused)} do not occur in layer_pattern {pattern!r}; remove or use them")
+    return tuple((unit * n_layer)[:n_layer])
+
+
+def _from_fields(cls: Any, values: Mapping[str, Any], what: str) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(values.keys() - known)
+    if unknown:
+        raise ConfigError(f"{what} config has no field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return cls(**values)

@@ -1,0 +1,133 @@
+"""What stands on top of a backbone: the language-model loss, pooling for classification, and a plain language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.layers.init import normal_
+from seqlib.models.backbone import Backbone
+from seqlib.models.config import BackboneConfig
+from seqlib.sequence import SequenceInfo, StateList
+
+__all__ = ["LanguageModel", "lm_loss", "pool"]
+
+_LOGITS = 1 << 24
+"""Logits held at a time by `lm_loss`, in elements (64 MB in float32)."""
+
+
+def lm_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, num_items: int | Tensor | None = None
+) -> Tensor:
+    """Cross entropy of the next token, from hidden states and the head's weight.
+
+        loss = sum_t -log softmax(hidden_t weight^T)[labels_{t+1}] / num_items
+
+    Logits exist for a few positions at a time only, in float32, and their gradients are taken on the spot: memory is
+    O(d_model * vocab_size), not O(seqlen * vocab_size).
+
+    Args:
+        hidden: (batch, seqlen, d_model).
+        weight: (vocab_size, d_model).
+        labels: (batch, seqlen) int64, the input ids themselves; position t is scored against labels[:, t + 1].
+            `ignore_index` marks positions that are not scored.
+        num_items: what the sum is divided by; None is the number of scored positions.
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs). NaN if nothing is scored and num_items is None, as in torch.
+    """
+    if hidden.shape[:2] != labels.shape:
+        raise UnsupportedInput(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
+    targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1)
+    scored = targets != ignore_index
+    count = scored.sum() if num_items is None else torch.as_tensor(num_items, device=hidden.device)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return _LinearCrossEntropy.apply(rows, weight, targets, count, ignore_index)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, count: Tensor, ignore_index: int) -> Tensor:
+        high = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        chunk = max(1, _LOGITS // weight.shape[0])
+        total = rows.new_zeros((), dtype=high)
+        needs_rows, needs_weight = ctx.needs_input_grad[:2]
+        drows = torch.zeros_like(rows) if needs_rows else None
+        dweight = torch.zeros_like(weight, dtype=high) if needs_weight else None
+        for begin in range(0, rows.shape[0], chunk):
+            part, target = rows[begin : begin + chunk], targets[begin : begin + chunk]
+            scored = target != ignore_index
+            logits = (part.to(weight.dtype) @ weight.t()).to(high)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            index = torch.where(scored, target, 0).unsqueeze(-1)
+            total += ((log_z - logits.gather(-1, index)).squeeze(-1) * scored).sum()
+            if drows is None and dweight is None:
+                continue
+            dlogits = (logits - log_z).exp_()
+            dlogits.scatter_add_(-1, index, dlogits.new_full((1, 1), -1.0).expand_as(index))
+            dlogits = dlogits.mul_(scored.unsqueeze(-1)).div_(count).to(weight.dtype)
+            if drows is not None:
+                drows[begin : begin + chunk] = dlogits @ weight
+            if dweight is not None:
+                dweight += dlogits.t() @ part.to(weight.dtype)
+        ctx.save_for_backward(drows, None if dweight is None else dweight.to(weight.dtype))
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        drows, dweight = ctx.saved_tensors
+        return *(None if t is None else t * grads[0].to(t.dtype) for t in (drows, dweight)), None, None, None
+
+
+def pool(hidden: Tensor, mode: str, mask: Tensor | None = None) -> Tensor:
+    """One vector per sequence: (batch, seqlen, d) -> (batch, d).
+
+    Args:
+        mode: "last" real position, or "mean" over the real ones.
+        mask: (batch, seqlen) bool of real positions; None: all.
+    """
+    if mode not in ("last", "mean"):
+        raise ConfigError(f"pooling must be 'last' or 'mean', got {mode!r}")
+    if mask is None:
+        return hidden[:, -1] if mode == "last" else hidden.mean(1)
+    if not bool(mask.any(1).all()):
+        raise UnsupportedInput("a sequence of the batch has no real position to pool; remove it")
+    if mode == "mean":
+        return (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+    last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+class LanguageModel(nn.Module):
+    """Embedding, backbone and (tied) head without transformers; `seqlib.hf.SeqlibForCausalLM` is the same inside it.
+
+    >>> config = BackboneConfig(d_model=16, n_layer=1, mixers={"m": {"kind": "mamba"}}, layer_pattern="m")
+    >>> logits, state = LanguageModel(config, vocab_size=8)(torch.tensor([[1, 2, 3]]))
+    >>> logits.shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, config: BackboneConfig, vocab_size: int, *, tie_embeddings: bool = True) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, config.d_model)
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False)
+        normal_(self.embed_tokens.weight, 0.02)
+        normal_(self.lm_head.weight, 0.02)
+        if tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self, ids: Tensor, state: StateList | None = None, seq: SequenceInfo | None = None
+    ) -> tuple[Tensor, StateList]:
+        hidden, state = self.backbone(self.embed_tokens(ids), state, seq)
+        return self.lm_head(hidden), state
+
+    def loss(self, ids: Tensor, labels: Tensor | None = None, seq: SequenceInfo | None = None) -> Tensor:
+        """Mean cross entropy of the next token, in nats."""
+        hidden, _ = self.backbone(self.embed_tokens(ids), None, seq)
+        return lm_loss(hidden, self.lm_head.weight, ids if labels is None else labels)

@@ -1,0 +1,229 @@
+"""Checks that keep the house in order: floors, tables, packaging, file sizes."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqlib.dispatch import BACKENDS, FORMS, op_names
+from seqlib.mixers import MIXERS
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# Floors of the design: a room imports only rooms on lower floors (or its own).
+FLOORS = {
+    "errors": 1,
+    "_register": 1,
+    "sequence": 2,
+    "dispatch": 2,
+    "native": 2,
+    "ops": 3,
+    "layers": 4,
+    "parallel": 4,
+    "bench": 4,
+    "mixers": 5,
+    "models": 6,
+    "hf": 7,
+    "lm": 8,
+    "lra": 8,
+}
+LAZY_BY_DESIGN = {("dispatch", "ops")}  # explain() looks tables up by name at call time
+THIRD_PARTY = {
+    "torch": set(FLOORS),
+    "numpy": {"layers", "lm", "lra"},
+    "transformers": {"hf", "lm", "lra"},
+    "tokenizers": {"hf"},
+    "huggingface_hub": {"hf", "lm", "lra"},
+    "safetensors": {"hf", "lm", "lra"},
+    "accelerate": {"hf", "lm", "lra"},
+    "datasets": {"lm", "lra"},
+    "matplotlib": {"lm", "lra"},
+    "typer": {"lm", "lra"},
+    "rich": {"dispatch", "bench", "lm", "lra"},
+    "tqdm": {"lm", "lra"},
+}
+
+
+def _files() -> Iterator[tuple[str, Path]]:
+    """Every Python file of the library with its room."""
+    for path in sorted((ROOT / "seqlib").rglob("*.py")):
+        relative = path.relative_to(ROOT / "seqlib")
+        if "_kernels" not in relative.parts:
+            yield relative.parts[0].removesuffix(".py"), path
+    for room in ("lm", "lra"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            yield room, path
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+            if node.module == "seqlib":
+                yield from (f"seqlib.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_down() -> None:
+    wrong = []
+    for room, path in _files():
+        if room == "__init__":
+            continue
+        for name in _imports(path):
+            parts = name.split(".")
+            if parts[0] == "seqlib" and len(parts) > 1 and parts[1] in FLOORS:
+                allowed = parts[1] == room or FLOORS[parts[1]] < FLOORS[room] or (room, parts[1]) in LAZY_BY_DESIGN
+                same_floor = FLOORS[parts[1]] == FLOORS[room] == 2
+                if not (allowed or same_floor):
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+            elif parts[0] in ("lm", "lra", "kernels"):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}: use seqlib.{name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_third_party_stays_in_its_rooms() -> None:
+    wrong = []
+    for room, path in _files():
+        for name in _imports(path):
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top == "seqlib":
+                continue
+            optional = path.stem in ("triton_impl", "vendor_impl") and top in (
+                "triton",
+                "mamba_ssm",
+                "causal_conv1d",
+                "flash_attn",
+            )
+            if not optional and room not in THIRD_PARTY.get(top, set()):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_import_is_light() -> None:
+    """The library imports without transformers, triton or vendor kernels, and compiles or fetches nothing."""
+    code = """
+import sys, time
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"transformers", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "datasets"}:
+            raise ModuleNotFoundError(name)
+import torch
+sys.meta_path.insert(0, Block())
+import subprocess
+def refuse(*a, **k): raise AssertionError("a process was started at import")
+subprocess.Popen = subprocess.run = refuse
+start = time.perf_counter()
+import seqlib, seqlib.ops, seqlib.mixers, seqlib.models
+print(time.perf_counter() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 10
+
+
+def test_kernels_folder_shadows_nothing() -> None:
+    """With the repository root first on the path, transformers does not take our sources for its `kernels` package."""
+    assert not list((ROOT / "kernels").rglob("*.py"))
+    code = "import transformers, sys; k = sys.modules.get('kernels'); assert k is None or k.__file__ is None"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", op_names())
+def test_op_folder_is_complete(name: str) -> None:
+    folder = ROOT / "seqlib" / "ops" / name
+    for file in ("__init__.py", "reference.py", "cases.py"):
+        assert (folder / file).is_file(), f"{name} has no {file}"
+    op = importlib.import_module(f"seqlib.ops.{name}").OP
+    assert op.name == name
+    assert op.impls[-1].name == "reference", "the reference is the last resort of auto"
+    assert getattr(importlib.import_module("seqlib.ops"), op.function).__doc__
+    for impl in op.impls:
+        assert impl.name in BACKENDS and impl.form in FORMS
+        module, _, function = impl.target.partition(":")
+        path = ROOT / (module.replace(".", "/") + ".py")
+        defined = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+        assert function in defined, f"{impl.target} does not exist"
+
+
+def test_mixers_declare_themselves() -> None:
+    known = {"packed", "padded", "bidirectional", "initial_state", "sequence_parallel"}
+    for kind, cls in MIXERS.items():
+        assert cls.supports <= known, kind
+        assert cls.layer_type in ("linear_attention", "full_attention", "sliding_attention"), kind
+        assert "Source:" in (cls.__doc__ or ""), f"{kind} does not name its source"
+
+
+def test_packages_equal_folders() -> None:
+    folders = {"seqlib"}
+    for top, name in (("seqlib", "seqlib"), ("lm", "seqlib.lm"), ("lra", "seqlib.lra")):
+        for init in (ROOT / top).rglob("__init__.py"):
+            parts = init.parent.relative_to(ROOT / top).parts
+            folders.add(".".join((name, *parts)))
+    listed = {p for p in PROJECT["tool"]["setuptools"]["packages"] if not p.startswith("seqlib._kernels")}
+    assert listed == folders
+
+
+def test_manifest_lists_every_source() -> None:
+    manifest = tomllib.loads((ROOT / "kernels" / "manifest.toml").read_text())
+    listed = {name for target in manifest.values() for key in ("sources", "kernels") for name in target.get(key, [])}
+    present = {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels").rglob("*.c*") if p.is_file()}
+    assert listed == present
+
+
+def test_files_are_rooms_not_halls() -> None:
+    sources = [p for _, p in _files()] + [p for p in (ROOT / "kernels").rglob("*") if p.suffix in (".cpp", ".h", ".cu")]
+    sources += list((ROOT / "tests").glob("*.py"))
+    long = [f"{p.relative_to(ROOT)}: {n}" for p in sources if (n := len(p.read_text().splitlines())) > 500]
+    assert not long, long
+
+
+def test_no_broad_except_and_no_stray_environment() -> None:
+    wrong = []
+    for room, path in _files():
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                broad = node.type is None or (isinstance(node.type, ast.Name) and node.type.id == "Exception")
+                if broad and not any(isinstance(n, ast.Raise) for n in ast.walk(node)):
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} swallows every exception")
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+                if room not in ("dispatch", "native"):
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} reads the environment")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_environment_variables_are_documented() -> None:
+    readme = (ROOT / "README.md").read_text()
+    used = set()
+    for _, path in _files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+                if node.value.startswith("SEQLIB_"):
+                    used.add(node.value)
+    assert used and all(name in readme for name in used), sorted(used)
+
+
+def test_no_traces_of_one_machine() -> None:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    home = "/" + "root/"
+    for name in names:
+        path = ROOT / name
+        if path.is_file() and path.suffix not in (".png",):
+            text = path.read_text(errors="ignore")
+            assert home not in text and os.sep + "work" + os.sep not in text, name
+
+
+def test_torch_is_new_enough() -> None:
+    major, minor = (int(n) for n in torch.__version__.split(".")[:2])
+    assert (major, minor) >= (2, 10)

@@ -1,0 +1,249 @@
+"""The laws of the mixer protocol, run on every row of MIXERS."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqlib import use_backend
+from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.mixers import MIXERS, Mixer, build_mixer, mixer_config
+from seqlib.sequence import SequenceInfo
+
+D_MODEL = 32
+# What a kind needs beyond its defaults to be small, and variants that take other paths.
+VARIANTS: dict[str, list[dict]] = {
+    "mamba": [{}, {"inner_norm": "learned", "d_state": 5, "bias": True}, {"inner_norm": "plain", "conv_bias": False}],
+    "attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "qk_norm": True}, {"nheads": 2, "rotary": False}],
+    "sliding_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3}],
+}
+ROWS = [pytest.param({"kind": kind, **v}, id=f"{kind}{i}") for kind in MIXERS for i, v in enumerate(VARIANTS[kind])]
+every = pytest.mark.parametrize("config", ROWS)
+
+
+def _mixer(config: dict, dtype: torch.dtype = torch.float64) -> Mixer:
+    torch.manual_seed(0)
+    return build_mixer(config, D_MODEL, layer_index=1, n_layer=4).to(dtype)
+
+
+def _input(batch: int, seqlen: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(batch, seqlen, D_MODEL, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
+
+
+def _same(got: Tensor, want: Tensor, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(got, want, atol=atol, rtol=0)
+
+
+def _same_state(got, want, atol: float = 1e-10) -> None:
+    for a, b in zip(got.tensors(), want.tensors(), strict=True):
+        if a.shape == b.shape:  # key-value buffers may have grown to another capacity
+            _same(a, b, atol)
+
+
+def test_every_kind_has_variants() -> None:
+    assert VARIANTS.keys() == MIXERS.keys()
+
+
+@every
+@pytest.mark.parametrize("cuts", [(1,), (7, 8), (20,), (1, 2, 3, 4, 36)])
+def test_split_invariance(config: dict, cuts: tuple[int, ...]) -> None:
+    mixer, x = _mixer(config), _input(2, 37)
+    want, last = mixer(x)
+    state, parts = None, []
+    for begin, end in zip((0, *cuts), (*cuts, 37)):
+        before = None if state is None else state.clone()
+        y, after = mixer(x[:, begin:end], state)
+        if before is not None:  # the given state is left alone
+            for a, b in zip(state.tensors(), before.tensors()):
+                assert torch.equal(a.nan_to_num(), b.nan_to_num())
+        state = after
+        parts.append(y)
+    _same(torch.cat(parts, 1), want)
+    _same_state(state, last)
+
+
+@every
+def test_steps_equal_forward(config: dict) -> None:
+    mixer, x = _mixer(config), _input(3, 21)
+    want, last = mixer(x)
+    state = mixer.initial_state(3, 21, dtype=x.dtype)
+    with torch.no_grad():
+        for t in range(21):
+            y, state = mixer.step(x[:, t], state)
+            _same(y, want[:, t])
+    _same_state(state, last)
+
+
+@every
+def test_steps_go_on_from_forward(config: dict) -> None:
+    mixer, x = _mixer(config), _input(2, 30)
+    want, _ = mixer(x)
+    _, state = mixer(x[:, :18], mixer.initial_state(2, 30, dtype=x.dtype))
+    with torch.no_grad():
+        for t in range(18, 30):
+            y, state = mixer.step(x[:, t], state)
+            _same(y, want[:, t])
+
+
+@every
+def test_causality(config: dict) -> None:
+    mixer, x = _mixer(config), _input(1, 24)
+    moved = x.clone()
+    moved[:, 11] += 1.0
+    change = (mixer(moved)[0] - mixer(x)[0]).abs().amax(-1)[0]
+    assert float(change[:11].max()) == 0.0
+    assert float(change[11]) > 0.0
+
+
+@every
+def test_packed_equals_separate(config: dict) -> None:
+    mixer = _mixer(config)
+    if "packed" not in mixer.supports:
+        with pytest.raises(UnsupportedInput, match="packed"):
+            mixer(_input(1, 4), None, SequenceInfo.packed([2, 2]))
+        return
+    lengths = [5, 1, 1, 17, 3]
+    x = _input(1, sum(lengths))
+    y, state = mixer(x, None, SequenceInfo.packed(lengths))
+    for part, got in zip(x.split(lengths, 1), y.split(lengths, 1)):
+        want, alone = mixer(part)
+        _same(got, want)
+    _same_state(state, alone)
+
+
+@every
+def test_first_document_continues(config: dict) -> None:
+    mixer = _mixer(config)
+    if not {"packed", "initial_state"} <= mixer.supports:
+        pytest.skip("the mixer declares no packing from a state; test_packed_equals_separate checks the refusal")
+    x = _input(1, 25)
+    want, _ = mixer(x[:, :16])
+    _, state = mixer(x[:, :9])
+    y, _ = mixer(x[:, 9:], state, SequenceInfo.packed([7, 9], continues=True))
+    _same(y[:, :7], want[:, 9:])
+    _same(y[:, 7:], mixer(x[:, 16:])[0])
+    fresh, _ = mixer(x[:, 9:], state, SequenceInfo.packed([7, 9]))
+    _same(fresh[:, :7], mixer(x[:, 9:16])[0])
+
+
+@every
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_is_absent(config: dict, side: str) -> None:
+    """Rows of different lengths: outputs and the state, and what is decoded from it, equal those of each row alone."""
+    mixer = _mixer(config)
+    lengths, width = [13, 4, 1], 13
+    x = _input(3, width)
+    mask = torch.zeros(3, width, dtype=torch.bool)
+    for row, n in enumerate(lengths):
+        begin = {"left": width - n, "right": 0, "both": (width - n) // 2}[side]
+        mask[row, begin : begin + n] = True
+    seq = SequenceInfo(padding_mask=mask)
+    if "padded" not in mixer.supports:
+        with pytest.raises(UnsupportedInput, match="padded"):
+            mixer(x, None, seq)
+        return
+    _, before = mixer(_input(3, 5) + 1)
+    for start in (None, before):
+        y, state = mixer(x, start, seq)
+        more, _ = mixer(_input(3, 6) - 1, state)
+        for row in range(3):
+            alone = None if start is None else start.reorder(torch.tensor([row]))
+            want, after = mixer(x[row : row + 1, mask[row]], alone)
+            _same(y[row, mask[row]], want[0])
+            _same(more[row], mixer((_input(3, 6) - 1)[row : row + 1], after)[0][0])
+
+
+@every
+def test_batch_rows_are_independent(config: dict) -> None:
+    mixer, x = _mixer(config), _input(4, 9)
+    order = torch.tensor([2, 0, 3, 1])
+    y, state = mixer(x)
+    moved, moved_state = mixer(x[order])
+    _same(moved, y[order])
+    _same_state(moved_state, state.reorder(order))
+
+
+@every
+def test_state_is_as_declared(config: dict) -> None:
+    mixer = _mixer(config, torch.float32)
+    for batch, seqlen in ((1, 4), (3, 40)):
+        state = mixer.initial_state(batch, seqlen)
+        assert state.nbytes == mixer.state_bytes(batch, seqlen)
+    half = _mixer(config, torch.bfloat16)
+    _, state = half(_input(1, 5, torch.bfloat16))
+    for name, tensor in vars(state).items():
+        if name in ("ssm", "state", "summary"):
+            assert tensor.dtype in (torch.float32, torch.complex64), f"{name} accumulates in {tensor.dtype}"
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_agrees_with_reference(config: dict, dtype: torch.dtype) -> None:
+    """The rows that run by default, forward and gradients, against the float64 reference form of every op."""
+    exact, mixer = _mixer(config), _mixer(config, dtype)
+    exact.load_state_dict({k: v.double() for k, v in mixer.state_dict().items()})
+    x = _input(2, 70, dtype).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    with use_backend("reference"):
+        want, _ = exact(wide)
+        want.square().sum().backward()
+    got, _ = mixer(x)
+    got.square().sum().backward()
+    pairs = {"y": (got, want), "dx": (x.grad, wide.grad)}
+    for (name, p), q in zip(mixer.named_parameters(), exact.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            pairs[f"d{name}"] = (p.grad, q.grad)
+    # float32: rounding of the projections; bfloat16: every projection rounds its output to 8 bits.
+    bound = {torch.float32: 2e-5, torch.bfloat16: 4e-2}[dtype]
+    for name, (a, b) in pairs.items():
+        a, b = a.detach().double(), b.detach()
+        assert float((a - b).square().mean().sqrt()) <= bound * float(b.square().mean().sqrt()), name
+
+
+@every
+def test_special_parameters_exist(config: dict) -> None:
+    mixer = _mixer(config)
+    names = dict(mixer.named_parameters())
+    for group, options in mixer.param_groups():
+        assert group and options
+        assert set(group) <= names.keys()
+
+
+@every
+def test_config_round_trip(config: dict) -> None:
+    made = mixer_config(config)
+    assert mixer_config(made.to_dict()) == made
+    with pytest.raises(ConfigError, match="no field typo"):
+        mixer_config({**config, "typo": 1})
+
+
+@every
+def test_wrong_width_is_refused(config: dict) -> None:
+    mixer = _mixer(config)
+    for shape in ((1, 4, D_MODEL + 1), (4, D_MODEL), (1, 0, D_MODEL)):
+        with pytest.raises(UnsupportedInput, match="d_model|seqlen"):
+            mixer(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="known: .*mamba"):
+        mixer_config({"kind": "mumba"})
+
+
+def test_mamba_starts_as_published() -> None:
+    """Ranges of the original initialisation: A = 1..n, dt in [1e-3, 0.1], D = 1, out_proj scaled by depth."""
+    mixer = build_mixer({"kind": "mamba"}, 256, n_layer=16, branches=1)
+    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 17).expand(512, 16))
+    dt = torch.nn.functional.softplus(mixer.dt_bias)
+    assert float(dt.min()) >= 0.999e-3 and float(dt.max()) <= 0.1001
+    assert float(dt.log().std()) == pytest.approx(torch.log(torch.tensor(100.0)).item() / 12**0.5, rel=0.1)
+    assert torch.equal(mixer.D, torch.ones(512))
+    bounds = {"in_proj": 256**-0.5, "x_proj": 512**-0.5, "dt_proj": 16**-0.5, "out_proj": 512**-0.5 / 4}
+    for name, bound in bounds.items():
+        largest = float(getattr(mixer, name).weight.abs().max())
+        assert 0.98 * bound < largest <= bound, name
+    assert float(mixer.conv1d.weight.abs().max()) <= 0.5
