@@ -21,7 +21,19 @@ import torch
 
 from seqlib.errors import BackendUnavailable
 
-__all__ = ["BACKENDS", "FORMS", "Choice", "Facts", "Impl", "Op", "explain", "preferred", "resolve", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "FORMS",
+    "Choice",
+    "Facts",
+    "Impl",
+    "Op",
+    "explain",
+    "preferred",
+    "resolve",
+    "use_backend",
+    "used",
+]
 
 BACKENDS = ("reference", "torch", "native", "triton", "vendor")
 FORMS = ("reference", "chunked", "parallel", "recurrent")
@@ -133,11 +145,16 @@ def preferred(op_name: str, backend: str = "auto", config: str = "auto") -> str:
     """The backend in force: argument, then scope, then config, then SEQLIB_BACKEND, then auto."""
     if backend != "auto":
         return backend
-    scope = _scope.get() or {}
-    scoped = scope.get(op_name, scope.get("*", "auto"))
+    scoped = _scoped(op_name)
     if scoped != "auto":
         return scoped
     return config if config != "auto" else os.environ.get("SEQLIB_BACKEND", "auto")
+
+
+@torch.compiler.assume_constant_result  # compilers cannot trace a ContextVar; the scope at trace time holds
+def _scoped(op_name: str) -> str:
+    scope = _scope.get() or {}
+    return scope.get(op_name, scope.get("*", "auto"))
 
 
 def resolve(op: Op, facts: Facts, form: str = "auto", backend: str = "auto") -> Choice:
@@ -189,6 +206,11 @@ def explain(op_name: str, *tensors: Any, form: str = "auto", backend: str = "aut
     text = "\n".join(lines + ([error] if error else []))
     print(text)
     return text
+
+
+def used() -> list[str]:
+    """Every implementation that was chosen in this process so far, as "module:function"; runs write it down."""
+    return sorted(_loaded)
 
 
 def op_names() -> list[str]:

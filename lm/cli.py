@@ -1,0 +1,170 @@
+"""The command line: seqlib-lm train | evaluate | generate | demo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from seqlib.errors import ConfigError, SeqlibError
+
+from .corpus import SPLITS, Corpus
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Train, evaluate and generate with state-space, linear-attention and hybrid language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(help="Text files, folders or data set names, in any mix; none: Python's standard library."),
+]
+Suffix = Annotated[list[str] | None, typer.Option(help="Take only files of folders that end so, such as .py.")]
+Column = Annotated[str | None, typer.Option(help="Text column of data sets.")]
+
+
+@app.command()
+def train(
+    sources: Sources = None,
+    recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "demo",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder to create.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to continue; nothing else is given then.")] = None,
+    suffix: Suffix = None,
+    column: Column = None,
+) -> None:
+    """Train a model into a run folder, or continue a run that was interrupted."""
+    from . import train as training
+    from .recipes import RECIPES, override
+
+    console = Console()
+    if resume is not None:
+        if sources or settings or output or suffix or column:
+            raise ConfigError("--resume takes text and recipe from the run folder; leave out everything else")
+        run = training.resume(resume, console=console)
+    else:
+        if recipe not in RECIPES:
+            raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+        if output is None:
+            raise ConfigError("say where the run goes with --output FOLDER")
+        chosen = override(RECIPES[recipe](), settings or [])
+        data = training.DataSpec(tuple(sources or ()), tuple(suffix or ()), column)
+        corpus = data.read(chosen)
+        tell_corpus(console, corpus)
+        run = training.train(chosen, data, output, console=console, corpus=corpus)
+    console.print(f"model: {run.model}\nmetrics: {run.metrics}\nplot: {run.folder / 'loss.png'}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub name.")],
+    sources: Sources = None,
+    split: Annotated[str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens per forward; bounds memory and changes nothing else.")] = 2048,
+    max_bytes: Annotated[int | None, typer.Option(help="Stop after the document that reaches it.")] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split, where --split is given with sources.")] = 0,
+    suffix: Suffix = None,
+    column: Column = None,
+) -> None:
+    """Bits per byte and perplexity, the state carried through whole documents."""
+    from .corpus import read_corpus, read_documents
+    from .data import tokenize
+    from .evaluate import evaluate as score
+    from .generate import load_model
+    from .train import open_run
+
+    if sources and split:
+        documents = list(read_corpus(sources, seed=seed, suffixes=suffix or (), column=column).split(split))
+    elif sources:
+        documents = read_documents(sources, suffixes=suffix or (), column=column)
+    else:
+        documents = list(open_run(Path(model)).corpus().split(split or "test"))
+    loaded, tokenizer = load_model(model)
+    found = score(loaded, tokenize(documents, tokenizer), chunk=chunk, max_bytes=max_bytes)
+    Console().print(evaluation_table(found))
+    if output is not None:
+        output.write_text(json.dumps({"model": model, "chunk": chunk} | found.to_dict(), indent=2) + "\n")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub name.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; default: standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File that holds the prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Number of tokens to sample from; 0: all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+) -> None:
+    """Continue a prompt, streaming to the terminal."""
+    from . import generate as generation
+
+    given = generation.read_prompt(prompt, prompt_file)
+    loaded, tokenizer = generation.load_model(model)
+    found = generation.generate(
+        loaded, tokenizer, given, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+        seed=seed, out=sys.stdout,
+    )  # fmt: skip
+    Console(stderr=True).print(f"{found.new_tokens} tokens, {found.tokens_per_s:.1f} tokens/s", style="dim")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Run folder; an earlier demo in it is replaced.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="Training time that the number of steps is fitted to.")] = 4.0,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")] = None,
+) -> None:
+    """Train on Python's own sources, compare with an n-gram model, save, load, generate."""
+    from .demo import run_demo
+
+    run_demo(output, minutes=minutes, settings=settings or [], console=Console())
+
+
+def tell_corpus(console: Console, corpus: Corpus) -> None:
+    """How much text there is, and what was passed over."""
+    parts = [f"{split} {len(corpus.split(split)):,} documents, {corpus.nbytes(split):,} bytes" for split in SPLITS]
+    console.print("text: " + "; ".join(parts))
+    if corpus.skipped:
+        shown = "; ".join(f"{name}: {reason}" for name, reason in corpus.skipped[:3])
+        console.print(f"skipped {len(corpus.skipped)} files ({shown}{'; ...' if len(corpus.skipped) > 3 else ''})")
+
+
+def evaluation_table(found: Any) -> Table:
+    """Bits per byte and perplexity, then bits per token by position."""
+    table = Table("position in document", "tokens", "bits per token", title=None)
+    for bucket in found.buckets:
+        table.add_row(f"{bucket.begin:,} - {bucket.end - 1:,}", f"{bucket.tokens:,}", f"{bucket.bits_per_token:.4f}")
+    table.caption = (
+        f"{found.documents:,} documents, {found.bytes:,} bytes\n"
+        f"{found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.4f} per token"
+    )
+    return table
+
+
+def main() -> None:
+    """Run the command line; an error of the library is one line, not a traceback."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        app()
+    except (SeqlibError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted; a training run continues with `seqlib-lm train --resume FOLDER`", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

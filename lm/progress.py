@@ -1,0 +1,180 @@
+"""What a training run tells while it goes: a bar in the terminal, JSON lines, and a plot of the loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from seqlib.errors import SeqlibError
+
+__all__ = ["MetricsCallback", "ProgressCallback", "plot_loss", "read_metrics", "write_aside"]
+
+_LINE_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar in
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a small file so that a reader finds the old content or the new one, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off by a kill is left out."""
+    return list(_lines(path)) if path.exists() else []
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends a JSON line per log to `metrics.jsonl` and stops a run whose loss is no longer a number.
+
+    Keys: step, tokens, loss (nats per token), bits_per_byte, grad_norm, learning_rate, tokens_per_s, elapsed_s; lines of
+    evaluations have step and eval_*. On resume, lines after the checkpoint are dropped: they are computed again.
+    """
+
+    def __init__(self, path: Path, tokens_per_step: int, bytes_per_token: float) -> None:
+        self.path, self.tokens_per_step, self.bytes_per_token = path, tokens_per_step, bytes_per_token
+        self.latest: dict[str, Any] = {}
+        self.earlier_s = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+        write_aside(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.earlier_s = max((row.get("elapsed_s", 0.0) for row in kept), default=0.0)
+        self.first_step, self.begun, self.busy_s = state.global_step, time.perf_counter(), 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step_begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.busy_s += time.perf_counter() - self.step_begun
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                raise SeqlibError(
+                    f"the loss is {loss} at step {state.global_step}; earlier checkpoints are untouched: "
+                    "start again with a lower learning_rate, a longer warm-up or tighter clipping"
+                )
+            steps = state.global_step - self.first_step
+            row = {
+                "step": state.global_step,
+                "tokens": state.global_step * self.tokens_per_step,
+                "loss": loss,
+                "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+                "grad_norm": logs.get("grad_norm"),
+                "learning_rate": logs.get("learning_rate"),
+                "tokens_per_s": round(steps * self.tokens_per_step / self.busy_s, 1),
+                "elapsed_s": round(self.earlier_s + time.perf_counter() - self.begun, 3),
+            }
+        elif any(key.startswith("eval_") for key in logs):
+            row = {"step": state.global_step} | {k: v for k, v in logs.items() if k.startswith("eval_")}
+        else:
+            return
+        self.latest |= row
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class ProgressCallback(TrainerCallback):
+    """Steps, loss, bits per byte, tokens per second and time left: a bar in a terminal, lines elsewhere."""
+
+    def __init__(self, metrics: MetricsCallback, console: Console) -> None:
+        self.metrics, self.console = metrics, console
+        self.bar: Progress | None = None
+        self.last_line = -math.inf
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        row = self.metrics.latest
+        if "loss" not in row:
+            return
+        figures = f"loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  {row['tokens_per_s']:,.0f} tokens/s"
+        if "eval_bits_per_byte" in row:
+            figures += f"  held-out {row['eval_bits_per_byte']:.3f}"
+        if self.bar:
+            self.bar.update(self.task, figures=figures)
+            return
+        now, done = time.perf_counter(), state.global_step >= state.max_steps
+        if done or now - self.last_line >= _LINE_EVERY:
+            self.last_line = now
+            left = (state.max_steps - state.global_step) * self.metrics.tokens_per_step / row["tokens_per_s"]
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {figures}  {_clock(left)} left")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back, also when training ends in an error."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+def plot_loss(metrics: Path, png: Path) -> None:
+    """Draw bits per byte over training tokens, as logged and smoothed, with the evaluations."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics)
+    train = [(row["tokens"], row["bits_per_byte"]) for row in rows if "loss" in row]
+    if not train:
+        return
+    per_step = {row["step"]: row["tokens"] for row in rows if "loss" in row}
+    held_out = [
+        (per_step[row["step"]], row["eval_bits_per_byte"])
+        for row in rows
+        if "eval_bits_per_byte" in row and row["step"] in per_step
+    ]
+    smooth, average = [], train[0][1]
+    for _, value in train:
+        average += 0.1 * (value - average)
+        smooth.append(average)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    tokens, values = zip(*train)
+    axes.plot(tokens, values, color="tab:blue", alpha=0.3, linewidth=1)
+    axes.plot(tokens, smooth, color="tab:blue", label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out), "o-", color="tab:orange", label="validation")
+    axes.set(xlabel="tokens", ylabel="bits per byte", ylim=(0, min(8.5, max(values) * 1.05)))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    part = png.with_name(f".{png.name}.part")
+    figure.savefig(part, format="png", dpi=150)
+    os.replace(part, png)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -1,0 +1,175 @@
+"""Recipes: everything that decides what a training run does, as one value that can be printed, changed and stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from seqlib.dispatch import BACKENDS
+from seqlib.errors import ConfigError
+
+__all__ = ["RECIPES", "Recipe", "demo", "override", "tiny"]
+
+_HYBRID: dict[str, Any] = {"m": {"kind": "mamba"}, "a": {"kind": "sliding_attention", "nheads": 4, "window": 128}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A model and how it is trained."""
+
+    name: str
+    d_model: int = 256
+    n_layer: int = 6
+    layer_pattern: str = "m m a"
+    mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: json.loads(json.dumps(_HYBRID)))
+    mlp: Mapping[str, Any] | None = None
+    tie_embeddings: bool = True
+    tokenizer: str = "bytes"
+    """"bytes", or a tokenizer that AutoTokenizer opens."""
+    seqlen: int = 1024
+    """Tokens per row."""
+    batch_size: int = 8
+    """Rows per forward and process."""
+    accumulation: int = 1
+    """Forwards per optimizer step."""
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    final_learning_rate: float = 0.1
+    """Where the cosine ends, as a share of learning_rate."""
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+    dtype: str = "float32"
+    """"float32", or "bfloat16" for mixed precision with float32 weights."""
+    backend: str = "auto"
+    """Backend of the library's ops."""
+    seed: int = 0
+    held_out: float = 0.05
+    """Share of the text for validation, and the same again for test."""
+    log_every: int = 10
+    save_every: int = 200
+    """Steps between checkpoints, a multiple of log_every, so that a resumed run logs what it would have logged."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    eval_every: int = 0
+    """Steps between evaluations on validation text; 0 for none."""
+    eval_bytes: int = 100_000
+    """Bytes of validation text per evaluation; whole documents are scored until they are reached."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layer", "seqlen", "batch_size", "accumulation", "steps", "log_every", "save_every",
+                     "keep", "eval_bytes"):  # fmt: skip
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "weight_decay", "clip", "eval_every"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("seqlen", self.seqlen >= 2, "at least 2")
+        self._check("learning_rate", self.learning_rate > 0, "positive")
+        self._check("final_learning_rate", 0 <= self.final_learning_rate <= 1, "between 0 and 1")
+        self._check("beta2", 0 < self.beta2 < 1, "between 0 and 1")
+        self._check("held_out", 0 < self.held_out < 0.5, "between 0 and 0.5")
+        self._check("save_every", self.save_every % self.log_every == 0, f"a multiple of log_every={self.log_every}")
+        self._check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        self._check("backend", self.backend in ("auto", *BACKENDS), f"one of auto, {', '.join(BACKENDS)}")
+
+    def _check(self, name: str, right: bool, allowed: str) -> None:
+        if not right:
+            raise ConfigError(f"recipe {self.name}: {name} must be {allowed}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if values.keys() != known:
+            wrong = ", ".join(sorted(values.keys() ^ known))
+            raise ConfigError(f"this recipe was written by another version: it differs in {wrong}; start a new run")
+        return cls(**values)
+
+
+def demo() -> Recipe:
+    """A Mamba and attention hybrid that learns Python's standard library in about four minutes on two cores."""
+    return Recipe(
+        name="demo",
+        d_model=192,
+        n_layer=6,
+        seqlen=512,
+        batch_size=8,
+        steps=600,
+        learning_rate=3e-3,
+        warmup_steps=30,
+        save_every=200,
+    )
+
+
+def tiny() -> Recipe:
+    """The same in seconds, for tests and first steps."""
+    return Recipe(
+        name="tiny", d_model=32, n_layer=3, seqlen=64, batch_size=4, steps=20, learning_rate=3e-3, warmup_steps=2,
+        log_every=1, save_every=5, eval_bytes=2000,
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "tiny": tiny}
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """The recipe with `key=value` settings; dots reach into mixers and mlp ("mixers.a.window=256").
+
+    Values are read as JSON where they can be and as text otherwise, and must have the type of the field.
+
+    Raises:
+        ConfigError: an unknown field, or a value that does not fit it.
+    """
+    types = get_type_hints(Recipe)
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        name, *path = key.strip().split(".")
+        if not equals or not name:
+            raise ConfigError(f"--set takes key=value, got {setting!r}")
+        if name not in types or name == "name":
+            near = difflib.get_close_matches(name, types, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"a recipe has no field {name!r}; {hint}known: {', '.join(n for n in types if n != 'name')}")
+        value = _parse(text.strip())
+        if path:
+            value = _replaced(key, changes.get(name, getattr(recipe, name)), path, value)
+        changes[name] = _fitted(key, types[name], value, text)
+    return dataclasses.replace(recipe, **changes)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _replaced(key: str, tree: Any, path: list[str], value: Any) -> dict[str, Any]:
+    """A copy of nested dicts with the value at `path` replaced."""
+    if tree is not None and not isinstance(tree, Mapping):
+        raise ConfigError(f"--set {key}: {key.split('.')[0]} has no parts to set")
+    copy = dict(tree or {})
+    copy[path[0]] = value if len(path) == 1 else _replaced(key, copy.get(path[0]), path[1:], value)
+    return copy
+
+
+def _fitted(key: str, kind: Any, value: Any, text: str) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is str and type(value) in (int, float):
+        return text
+    fits = isinstance(value, Mapping) or (value is None and key == "mlp") if kind not in (int, float, bool, str) else (
+        type(value) is kind
+    )  # fmt: skip
+    if not fits:
+        wanted = getattr(kind, "__name__", "a JSON object")
+        raise ConfigError(f"--set {key}: {text!r} is not {wanted if kind in (int, float, bool, str) else 'a JSON object'}")
+    return value

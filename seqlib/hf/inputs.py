@@ -1,0 +1,82 @@
+"""What transformers passes beside the tokens, read as one `SequenceInfo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqlib.errors import UnsupportedInput
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["padding_mask", "sequence_info"]
+
+
+def sequence_info(
+    batch: int,
+    seqlen: int,
+    seen: int,
+    *,
+    attention_mask: Any = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+) -> SequenceInfo | None:
+    """Documents and padding of a span of `seqlen` new tokens after `seen` earlier ones; None if nothing is special.
+
+    Documents of packed rows come from the first of these that is given:
+    - cu_seq_lens_q: (ndocs + 1,) cumulative lengths over a batch of one row;
+    - seq_idx: (batch, seqlen) document numbers, negative for padding;
+    - position_ids: (batch, seqlen); a document starts at position 0, and in rows without padding wherever a position is
+      not one more than the one before. A single new token after earlier ones always goes on.
+    The first document of a span that follows earlier tokens goes on from them, unless its position is 0.
+
+    Args:
+        attention_mask: (batch, seqlen) or (batch, seen + seqlen), nonzero at real tokens; or a dict of masks by layer
+            type, of which the two-dimensional one counts.
+
+    Raises:
+        UnsupportedInput: a four-dimensional mask, or shapes that do not fit.
+    """
+    real = padding_mask(batch, seqlen, seen, attention_mask)
+    starts: Tensor | None = None
+    if cu_seq_lens_q is not None:
+        starts = SequenceInfo.from_cu_seqlens(cu_seq_lens_q, continues=True).starts
+    elif seq_idx is not None:
+        documents = SequenceInfo.from_seq_ids(seq_idx, continues=True)
+        starts = documents.starts
+        if documents.padding_mask is not None:
+            real = documents.padding_mask if real is None else real & documents.padding_mask
+    elif position_ids is not None and (seqlen > 1 or not seen):
+        position_ids = position_ids.expand(batch, -1)
+        starts = position_ids == 0
+        if real is None:
+            starts[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if not seen:
+            starts[:, 0] = False  # nothing to forget
+    if starts is not None:
+        starts = starts if real is None else starts & real
+        starts = starts if bool(starts.any()) else None
+    if starts is None and real is None:
+        return None
+    seq = SequenceInfo(starts=starts, padding_mask=real)
+    seq.check(batch, seqlen)
+    return seq
+
+
+def padding_mask(batch: int, seqlen: int, seen: int, attention_mask: Any) -> Tensor | None:
+    """(batch, seqlen) bool, True at real tokens among the new ones; None if all are real."""
+    if isinstance(attention_mask, dict):
+        masks = [mask for mask in attention_mask.values() if mask is not None]
+        attention_mask = next((mask for mask in masks if mask.dim() == 2), masks[0] if masks else None)
+    if attention_mask is None:
+        return None
+    if tuple(attention_mask.shape) not in ((batch, seqlen), (batch, seen + seqlen)):
+        raise UnsupportedInput(
+            f"attention_mask must have shape (batch, seqlen) = {(batch, seqlen)}, with or without the {seen} tokens "
+            f"before, got {tuple(attention_mask.shape)}. It marks padding with 0; causality and windows are the "
+            "mixers' own, and packed documents are given by position_ids, seq_idx or cu_seq_lens_q"
+        )
+    real = attention_mask[:, -seqlen:] != 0
+    return None if bool(torch.all(real)) else real

@@ -1,0 +1,284 @@
+"""Seqlib's backbone as transformers models: thin wrappers, no mathematics of their own."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from seqlib.errors import UnsupportedInput
+from seqlib.hf.cache import SeqlibCache
+from seqlib.hf.configuration import SeqlibConfig
+from seqlib.hf.inputs import padding_mask, sequence_info
+from seqlib.hf.loading import load_checked
+from seqlib.hf.tokenizer import ByteTokenizer
+from seqlib.layers.init import normal_
+from seqlib.models.backbone import Backbone
+from seqlib.models.block import Block
+from seqlib.models.heads import lm_loss, pool
+
+__all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
+
+
+class SeqlibPreTrainedModel(PreTrainedModel):
+    """What the models share: loading, initialisation and what transformers wants to know about them."""
+
+    config: SeqlibConfig
+    config_class = SeqlibConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Block}
+    _is_stateful = True  # a recurrent state cannot drop rejected tokens, so generate() refuses assisted decoding
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, except that a checkpoint which does not fit is an error.
+
+        Raises:
+            CheckpointMismatch: weights of the backbone that are missing, left over, of another shape, NaN or infinite,
+                or a file that cannot be read. Only a head may be missing: it starts anew, with transformers' warning.
+                `ignore_mismatched_sizes=True` accepts all but NaN and infinity.
+        """
+        return load_checked(super().from_pretrained, cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    def init_weights(self) -> None:
+        # Every part has initialised itself in its constructor. What a checkpoint lacks goes through _init_weights.
+        self.tie_weights()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            # Linear layers of mixers and MLPs come here too; their owner, which comes later, has the last word.
+            normal_(module.weight, self.config.initializer_range)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+class SeqlibModel(SeqlibPreTrainedModel):
+    """Embedding and backbone: hidden states."""
+
+    def __init__(self, config: SeqlibConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.backbone = Backbone(config.backbone)
+        normal_(self.embed_tokens.weight, config.initializer_range)
+        # Regular expressions: what has optimizer options of its own (A_log, D, dt_bias) also wants full precision.
+        special = {name.rpartition(".")[2] for name in self.backbone.special_parameters()}
+        self._keep_in_fp32_modules_strict = {rf"\.{name}$" for name in special}
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SeqlibCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a span of tokens.
+
+        Args:
+            input_ids: (batch, seqlen) int64; or inputs_embeds: (batch, seqlen, d_model).
+            attention_mask: (batch, seqlen) or (batch, seen + seqlen), 0 at padding on either side.
+            past_key_values: what came before; brought up to date in place. Any number of tokens may follow.
+            use_cache: return a cache; None: config.use_cache when not training.
+            position_ids, seq_idx, cu_seq_lens_q: where documents of packed rows start, see `hf.inputs.sequence_info`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UnsupportedInput("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None and not isinstance(past_key_values, SeqlibCache):
+            raise UnsupportedInput(
+                f"past_key_values must be a seqlib.hf.SeqlibCache, got {type(past_key_values).__name__}; "
+                "pass SeqlibCache(), or what an earlier call returned"
+            )
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, seqlen = x.shape[:2]
+        cache = past_key_values
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = SeqlibCache()
+        state = None if cache is None else cache.states
+        if state is None and cache is not None and cache.max_seqlen is not None:
+            state = self.backbone.initial_state(batch, cache.max_seqlen, x.device, x.dtype)
+        seq = sequence_info(
+            batch,
+            seqlen,
+            0 if state is None else state.seqlen,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
+        )
+        recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if seqlen == 1 and state is not None and seq is None and not torch.is_grad_enabled() and not recorded:
+            hidden, state = self.backbone.step(x[:, 0], state)
+            hidden = hidden.unsqueeze(1)
+        else:
+            hidden, state = self.backbone(x, state, seq)
+        if cache is not None:
+            cache.states = state
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
+
+
+class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
+    """Language model: embedding, backbone and a head, tied to the embedding unless the config says otherwise."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    computes_loss_without_logits = True
+
+    def __init__(self, config: SeqlibConfig) -> None:
+        super().__init__(config)
+        self.model = SeqlibModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        normal_(self.lm_head.weight, config.initializer_range)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SeqlibCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and with labels their loss. Arguments as for `SeqlibModel.forward`, and:
+
+        Args:
+            labels: (batch, seqlen), the input ids themselves, -100 where a token is not scored.
+            logits_to_keep: how many of the last positions get logits (0: all), or their indices.
+            return_logits: False with labels computes the loss from the hidden states, a few positions at a time, and
+                leaves `logits` None: at long lengths the logits are most of the memory. `SeqlibTrainer` asks for it
+                wherever nobody looks at logits.
+            num_items_in_batch: what the summed loss is divided by; None: the number of scored tokens.
+        """
+        num_items = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden, logits, loss = outputs.last_hidden_state, None, None
+        plain = type(self.lm_head) is nn.Linear  # PEFT may have put something else in its place
+        if labels is not None and not return_logits and plain:
+            loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items)
+        elif return_logits or labels is not None:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items
+                )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits if return_logits else None,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Give `generate` our cache, with key-value states allocated once for the longest sequence."""
+        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+            return
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic", "static"):
+            raise UnsupportedInput(
+                f"cache_implementation={wanted!r} is not available for seqlib models; leave it out: states are "
+                "allocated once and key-value states only exist in attention layers"
+            )
+        mode, batch, max_cache_length = args
+        model_kwargs["past_key_values"] = SeqlibCache(max_seqlen=max_cache_length)
+
+
+class SeqlibForSequenceClassification(SeqlibPreTrainedModel):
+    """One label per sequence, from the last real token or the mean over the real tokens (config.pooling)."""
+
+    def __init__(self, config: SeqlibConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SeqlibModel(config)
+        self.score = nn.Linear(config.d_model, config.num_labels, bias=False)
+        normal_(self.score.weight, config.initializer_range)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        past_key_values: SeqlibCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Label logits (batch, num_labels), and with labels their loss.
+
+        Args:
+            attention_mask: (batch, seqlen), 0 at padding. None: leading and trailing config.pad_token_id are padding;
+                without a pad token every position is real.
+            labels: (batch,) classes or numbers, or (batch, num_labels), by config.problem_type.
+        """
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = _without_outer(input_ids, self.config.pad_token_id)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        batch, seqlen = hidden.shape[:2]
+        seen = max(0, (0 if past_key_values is None else past_key_values.get_seq_length()) - seqlen)
+        logits = self.score(pool(hidden, self.config.pooling, padding_mask(batch, seqlen, seen, attention_mask)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+def _without_outer(ids: Tensor, pad: int) -> Tensor:
+    """(batch, seqlen) bool: from the first to the last token that is not `pad`."""
+    real = ids != pad
+    return (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
+
+
+AutoModel.register(SeqlibConfig, SeqlibModel, exist_ok=True)
+AutoModelForCausalLM.register(SeqlibConfig, SeqlibForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(SeqlibConfig, SeqlibForSequenceClassification, exist_ok=True)
+AutoTokenizer.register(SeqlibConfig, fast_tokenizer_class=ByteTokenizer, exist_ok=True)

@@ -1,0 +1,115 @@
+"""transformers' Trainer with the optimizer groups, the loss and the safe checkpoints that long models want."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from seqlib.models.backbone import param_groups
+
+__all__ = ["SeqlibTrainer"]
+
+STAGING = "checkpoint-being-written"
+"""Folder beside the checkpoints that holds one until it is whole."""
+
+
+class SeqlibTrainer(Trainer):
+    """The loop, resuming and mixed precision are transformers'. What differs:
+
+    - weight decay falls on matrices only, and mixers get the learning rate and decay they ask for (A_log, D, dt_bias);
+    - while nobody looks at logits, a language model computes its loss without them;
+    - a checkpoint is written aside and renamed when it is whole, so a killed process or a full disk leaves the one
+      before it as the last.
+
+    Args:
+        packed: lay the examples of a batch end to end in one row instead of padding them. States are reset and labels
+            masked where a document starts. Needs examples with `input_ids` (and `labels`).
+        args, kwargs: as for transformers.Trainer.
+    """
+
+    def __init__(self, *args: Any, packed: bool = False, **kwargs: Any) -> None:
+        if packed:
+            kwargs["data_collator"] = DataCollatorWithFlattening()
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and not options.keys() & _OWN_GROUPS:
+                groups = param_groups(model, self.args.learning_rate, self.args.weight_decay)
+                self.optimizer = cls(groups, **options)
+        return super().create_optimizer(model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if not return_outputs:
+            inputs = self._without_logits(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        if prediction_loss_only:
+            inputs = self._without_logits(inputs)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _without_logits(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
+        own_loss = self.label_smoother is not None or self.compute_loss_func is not None
+        if own_loss or "labels" not in inputs or not getattr(model, "computes_loss_without_logits", False):
+            return inputs
+        return {**inputs, "return_logits": False}
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, STAGING) if self._staged else run_dir
+
+    _staged = False
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = self._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging, final = os.path.join(run_dir, STAGING), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        self.accelerator.wait_for_everyone()
+        # transformers writes into _get_output_dir and then deletes what exceeds the limit, which must come after.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._staged = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staged, self.args.save_total_limit = False, limit
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = final
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
+            os.replace(os.path.join(staging, name), final)
+            os.rmdir(staging)
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+_OWN_GROUPS = {"params", "model", "optimizer_dict"}
+"""Keys by which transformers' optimizers (GaLore, LOMO, layer-wise ones) bring groups of their own."""
