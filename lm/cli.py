@@ -45,7 +45,7 @@ def train(
     from . import train as training
     from .recipes import RECIPES, override
 
-    console = Console()
+    console = _console()
     if resume is not None:
         if sources or settings or output or suffix or column:
             raise ConfigError("--resume takes text and recipe from the run folder; leave out everything else")
@@ -56,7 +56,7 @@ def train(
         if output is None:
             raise ConfigError("say where the run goes with --output FOLDER")
         chosen = override(RECIPES[recipe](), settings or [])
-        data = training.DataSpec(tuple(sources or ()), tuple(suffix or ()), column)
+        data = training.DataSpec.of(sources or (), suffix or (), column)
         corpus = data.read(chosen)
         tell_corpus(console, corpus)
         run = training.train(chosen, data, output, console=console, corpus=corpus)
@@ -86,11 +86,13 @@ def evaluate(
         documents = list(read_corpus(sources, seed=seed, suffixes=suffix or (), column=column).split(split))
     elif sources:
         documents = read_documents(sources, suffixes=suffix or (), column=column)
+    elif not (Path(model) / "recipe.json").is_file():
+        raise ConfigError(f"{model} is no run folder that knows its test text; say which text to evaluate on")
     else:
         documents = list(open_run(Path(model)).corpus().split(split or "test"))
     loaded, tokenizer = load_model(model)
     found = score(loaded, tokenize(documents, tokenizer), chunk=chunk, max_bytes=max_bytes)
-    Console().print(evaluation_table(found))
+    _console().print(evaluation_table(found))
     if output is not None:
         output.write_text(json.dumps({"model": model, "chunk": chunk} | found.to_dict(), indent=2) + "\n")
 
@@ -127,7 +129,12 @@ def demo(
     """Train on Python's own sources, compare with an n-gram model, save, load, generate."""
     from .demo import run_demo
 
-    run_demo(output, minutes=minutes, settings=settings or [], console=Console())
+    run_demo(output, minutes=minutes, settings=settings or [], console=_console())
+
+
+def _console() -> Console:
+    """No markup, because names of files are printed; no wrapping, because lines may be read by programs."""
+    return Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def tell_corpus(console: Console, corpus: Corpus) -> None:
@@ -156,6 +163,7 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         app()
     except (SeqlibError, OSError) as error:

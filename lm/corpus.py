@@ -141,7 +141,7 @@ def _gather(
     for source in map(str, sources):
         path = Path(source)
         if path.is_file():
-            _take_file(path, source, loose, skipped)
+            _take_file(path, path.name, loose, skipped)
         elif path.is_dir() and not _is_saved_dataset(path):
             for file in _files(path, suffixes):
                 _take_file(file, file.relative_to(path).as_posix(), loose, skipped)

@@ -51,7 +51,7 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
 
     @contextmanager
     def section(title: str) -> Iterator[None]:
-        console.print(f"\n[bold]{title}[/bold]")
+        console.print(f"\n{title}", style="bold")
         begun = time.perf_counter()
         yield
         seconds[title] = time.perf_counter() - begun
@@ -94,7 +94,7 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
 
     with section("Generation"):
         made = generate(loaded, tokenizer, b"def ", max_new_tokens=300, temperature=0.6, seed=recipe.seed, out=sys.stdout)
-        console.print(f"[dim]{made.new_tokens} bytes, {made.tokens_per_s:.0f} per second[/dim]")
+        console.print(f"{made.new_tokens} bytes, {made.tokens_per_s:.0f} per second")
 
     table = Table("on the test files", "bits per byte", title="Result")
     for name, bits in rows:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,13 @@ class DataSpec:
         return read_corpus(
             self.sources, seed=recipe.seed, held_out=recipe.held_out, suffixes=self.suffixes, column=self.column
         )
+
+
+    @classmethod
+    def of(cls, sources: Sequence[str], suffixes: Sequence[str] = (), column: str | None = None) -> DataSpec:
+        """Paths are made absolute, so that a run can be continued from anywhere."""
+        found = (str(Path(source).absolute()) if Path(source).exists() else source for source in sources)
+        return cls(tuple(found), tuple(suffixes), column)
 
 
 @dataclass(frozen=True)
@@ -265,9 +272,8 @@ def _fit(run: Run, parts: _Parts, console: Console, checkpoint: str | None) -> R
     finally:
         progress.close()
     plot_loss(run.metrics, run.folder / "loss.png")
-    with tempfile.TemporaryDirectory(dir=run.folder, prefix=".model-") as aside:
-        trainer.save_model(aside)
-        parts.tokenizer.save_pretrained(aside)
-        os.rename(aside, run.model)
-        os.mkdir(aside)  # for the context to remove
+    aside = run.folder / ".model-being-written"
+    parts.model.save_pretrained(aside)
+    parts.tokenizer.save_pretrained(aside)
+    os.replace(aside, run.model)
     return run
