@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ class Timing:
         }
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int, budget: float) -> dict[str, Timing]:
+def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, budget: float) -> dict[str, Timing]:
     """Time several functions in turns, so that a disturbance of the machine meets them all.
 
     A function stops taking part once it has used `budget` seconds, after at least one timed run.
@@ -97,9 +97,7 @@ def bench_mamba(
 
 
 @torch.no_grad()
-def _inference(
-    pair: tuple[nn.Module, nn.Module], ids: Tensor, new_tokens: int, repeats: int, budget: float
-) -> dict[str, Any]:
+def _inference(pair: tuple[Any, Any], ids: Tensor, new_tokens: int, repeats: int, budget: float) -> dict[str, Any]:
     ours, theirs = pair
     got, want = ours(ids).logits, theirs(ids).logits
     error = float((got - want).norm() / want.norm())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -33,6 +36,12 @@ class SeqlibCache(DynamicCache):
 
     def __bool__(self) -> bool:
         return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SeqlibCache:
+        # torch refuses to copy tensors that are part of a graph; cloning them is what is meant.
+        made = copy.copy(self)
+        made.states = None if self.states is None else self.states.clone()
+        return made
 
     @property
     def batch_size(self) -> int:

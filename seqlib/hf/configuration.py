@@ -1,7 +1,5 @@
 """The configuration of seqlib models in the form transformers stores."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib
@@ -122,7 +120,7 @@ class SeqlibConfig(PretrainedConfig):
             if key in of_mixers:
                 kind = of_mixers[key]
                 raise ConfigError(f"{key} is a field of a mixer: write mixer={{'kind': {kind!r}, {key!r}: ...}}")
-            close = difflib.get_close_matches(key, own, n=1, cutoff=0.85)
+            close = difflib.get_close_matches(key, own, n=1, cutoff=0.8)
             if close:
                 raise ConfigError(f"SeqlibConfig has no field {key!r}; did you mean {close[0]!r}?")
 

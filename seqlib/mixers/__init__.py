@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqlib.errors import ConfigError
+from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.mamba import Mamba
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
 MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "sliding_attention": SlidingAttention,
     "mamba": Mamba,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,16 @@ class Backbone(nn.Module):
     Only the backbone advances `StateList.seqlen`.
     """
 
+    _gradient_checkpointing_func: Callable[..., Any]
+
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.layers: Sequence[Block] = nn.ModuleList(Block(config, i) for i in range(config.n_layer))  # type: ignore[assignment]
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         # The names that transformers' gradient_checkpointing_enable() looks for and sets.
         self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Callable[..., Any] = _checkpoint
+        self._gradient_checkpointing_func = _checkpoint
 
     def forward(
         self, x: Tensor, state: StateList | None = None, seq: SequenceInfo | None = None

@@ -1,6 +1,17 @@
 """Ops: causal maps that take a state and return a state, each with a reference, fast forms and one table of rows."""
 
+from seqlib.ops.attention import attention
 from seqlib.ops.causal_conv1d import causal_conv1d
+from seqlib.ops.linear import linear
+from seqlib.ops.linear_scan import linear_scan
 from seqlib.ops.norm import rms_norm
+from seqlib.ops.selective_scan import selective_scan
 
-__all__ = ["causal_conv1d", "rms_norm"]
+__all__ = [
+    "attention",
+    "causal_conv1d",
+    "linear",
+    "linear_scan",
+    "rms_norm",
+    "selective_scan",
+]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seqlib.sequence import State
+
 __all__ = ["Case", "outputs"]
 
 
@@ -36,17 +38,20 @@ class Case:
     def inputs(
         self, dtype: torch.dtype, device: torch.device | str = "cpu", *, seed: int = 0, requires_grad: bool = False
     ) -> dict[str, Any]:
-        """The arguments in `dtype`; integer and bool tensors and options stay as they are."""
+        """The arguments in `dtype`, states included; integer and bool tensors and options stay as they are."""
         half = dtype in (torch.float16, torch.bfloat16)
 
         def cast(name: str, value: Any) -> Any:
+            if isinstance(value, State):
+                return value.map(lambda t: cast(name, t))
             if not isinstance(value, Tensor):
                 return value
             if value.is_complex():
-                return value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
-            if not value.is_floating_point():
+                value = value.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
+            elif value.is_floating_point():
+                value = value.to(device, torch.float32 if half and name in self.keep else dtype)
+            else:
                 return value.to(device)
-            value = value.to(device, torch.float32 if half and name in self.keep else dtype)
             return value.requires_grad_(requires_grad)
 
         made = self.build(torch.Generator().manual_seed(seed))

@@ -1,0 +1,170 @@
+"""Softmax attention: causal or not, full or windowed, grouped heads, over a state of keys and values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqlib.dispatch import Facts, Impl, Op
+from seqlib.errors import UnsupportedInput
+from seqlib.ops.attention.decode import step
+from seqlib.ops.attention.state import KVState
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["IMPLS", "OP", "KVState", "attention", "step"]
+
+
+def _nothing_to_cut(facts: Facts) -> str | None:
+    sizes = dict(facts.sizes)
+    if "window" not in sizes:
+        return "attention without a window has nothing to cut"
+    if facts.seqlen <= sizes["window"]:
+        return f"the {facts.seqlen} queries fit into one window of {sizes['window']}"
+    return None
+
+
+_HERE = "seqlib.ops.attention"
+IMPLS = (
+    Impl(
+        "torch",
+        "chunked",
+        f"{_HERE}.torch_impl:attention_chunked",
+        limits=_nothing_to_cut,
+        refuses=frozenset({"bidirectional"}),
+    ),
+    Impl("torch", "parallel", f"{_HERE}.torch_impl:attention_parallel"),
+    Impl("reference", "reference", f"{_HERE}.reference:attention"),
+)
+
+
+def facts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    state: KVState | None = None,
+    seq: SequenceInfo | None = None,
+    **_: Any,
+) -> Facts:
+    tensors = [q, k, v, *(state.tensors() if state is not None else ())]
+    used = {
+        "bidirectional": not causal,
+        "initial_state": state is not None,
+        "packed": seq is not None and seq.starts is not None,
+        "padded": seq is not None and seq.padding_mask is not None,
+    }
+    return Facts(
+        q.device.type,
+        q.dtype,
+        q.shape[1],
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        frozenset(name for name, given in used.items() if given),
+        () if window is None else (("window", window),),
+    )
+
+
+OP = Op("attention", IMPLS, facts, "attention")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    state: KVState | None = None,
+    seq: SequenceInfo | None = None,
+    form: str = "auto",
+    backend: str = "auto",
+) -> tuple[Tensor, KVState]:
+    """Average the values by the softmax of the scores of the keys.
+
+        y_i = sum_j softmax_j(scale * q_i . k_j) v_j
+        over j <= i (causal) and |i - j| < window, i and j counted in real tokens of one document
+
+    Query head h uses key and value head h // (nheads / nheads_kv). The softmax is in float32 (float64 for float64).
+
+    Args:
+        q: (batch, seqlen, nheads, headdim), a floating dtype.
+        k: (batch, seqlen, nheads_kv, headdim), nheads_kv divides nheads.
+        v: (batch, seqlen, nheads_kv, headdim_v).
+        window: at least 1, the current token included; None for no bound.
+        causal: False lets tokens see those after them; only without a state.
+        scale: None is 1/sqrt(headdim).
+        state: what came before; None is nothing. Of capacity = window when windowed, of any capacity otherwise.
+        seq: documents and padding.
+        form: "chunked" cuts windowed attention into blocks; "parallel" and "reference" take everything.
+
+    Returns:
+        y (batch, seqlen, nheads, headdim_v) in the dtype of q, zero at padding, and the state after the last token of
+        each row: keys and values in their own dtype. The given state is not modified. Without state, seq and window
+        the new state shares memory with k and v.
+
+    Raises:
+        UnsupportedInput: shapes, dtypes, devices or the state do not fit.
+
+    Cost: 4 batch nheads headdim FLOPs per pair of query and visible key. Memory is linear in seqlen wherever
+    torch has a fused kernel. One exception: differentiating through a span with a full cache before it keeps its masks,
+    seqlen (past + seqlen) entries in all.
+
+    Source: Vaswani et al. 2017, eq. 1; windows as in Mistral (Jiang et al. 2023), grouped heads of Ainslie et al. 2023.
+    """
+    if window is not None and window < 1:
+        raise UnsupportedInput(f"window must be at least 1 (it counts the current token) or None, got {window}")
+    if not causal and state is not None:
+        raise UnsupportedInput("causal=False sees the whole sequence at once and takes no state; pass state=None")
+    _check_tensors(q, k, v)
+    if state is not None:
+        _check_state(k, v, state, window)
+    if seq is not None:
+        seq.check(q.shape[0], q.shape[1])
+        if seq.group is not None:
+            raise UnsupportedInput("attention runs on one process; gather keys and values over seq.group first")
+    run = OP.choose(facts(q, k, v, window=window, causal=causal, state=state, seq=seq), form, backend)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return run(q, k, v, window=window, causal=causal, scale=scale, state=state, seq=seq)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if any(t.dim() != 4 for t in (q, k, v)) or 0 in q.shape:
+        raise UnsupportedInput(f"q, k, v must be (batch, seqlen, heads, headdim) and not empty, got {shapes}")
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2] or k.shape[2] != v.shape[2] or q.shape[3] != k.shape[3]:
+        raise UnsupportedInput(
+            f"q, k, v must share batch and seqlen, k and v their heads, q and k their headdim, got {shapes}"
+        )
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise UnsupportedInput(f"nheads_kv must divide nheads, got {k.shape[2]} and {q.shape[2]}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise UnsupportedInput(f"q, k, v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them")
+    if not q.device == k.device == v.device:
+        raise UnsupportedInput(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}; move them")
+
+
+def _check_state(k: Tensor, v: Tensor, state: KVState, window: int | None) -> None:
+    if window is not None and state.capacity != window:
+        raise UnsupportedInput(f"a window of {window} needs a state of that capacity, got {state.capacity}")
+    for name, new, old in (("k", k, state.k), ("v", v, state.v)):
+        if (old.shape[0], *old.shape[2:]) != (new.shape[0], *new.shape[2:]) or old.shape[1] != state.capacity:
+            raise UnsupportedInput(
+                f"state.{name} must be (batch, capacity, nheads_kv, headdim) to fit {name} {tuple(new.shape)}, "
+                f"got {tuple(old.shape)}"
+            )
+        if old.dtype != new.dtype or old.device != new.device:
+            raise UnsupportedInput(
+                f"state.{name} must be {new.dtype} on {new.device} like {name}, got {old.dtype} on {old.device}"
+            )
+    if tuple(state.length.shape) != (k.shape[0],):
+        raise UnsupportedInput(f"state.length must be ({k.shape[0]},), got {tuple(state.length.shape)}")
+    if window is None and int(state.length.max()) > state.capacity:
+        raise UnsupportedInput(
+            f"the state has dropped keys: {int(state.length.max())} tokens in {state.capacity} slots; "
+            "it belongs to windowed attention, so pass window="
+        )

@@ -14,11 +14,30 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "causal_conv1d", "step"]
 
 _HERE = "seqlib.ops.causal_conv1d"
+_NATIVE_WIDTH = 8
+
+
+def _narrow(facts: Facts) -> str | None:
+    d_conv = facts.size("d_conv")
+    return None if d_conv <= _NATIVE_WIDTH else f"d_conv is {d_conv}; it takes up to {_NATIVE_WIDTH}"
+
+
+_NATIVE: dict[str, Any] = {
+    "devices": ("cpu",),
+    "dtypes": (torch.float32, torch.bfloat16),
+    "needs": ("native",),
+    "limits": _narrow,
+}
 IMPLS = (
+    Impl("native", "parallel", f"{_HERE}.native_impl:causal_conv1d", **_NATIVE),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:causal_conv1d"),
     Impl("reference", "reference", f"{_HERE}.reference:causal_conv1d"),
 )
-STEP_IMPLS = (Impl("torch", "recurrent", f"{_HERE}.torch_impl:step"),)
+STEP_IMPLS = (
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("torch", "recurrent", f"{_HERE}.torch_impl:step"),
+    Impl("reference", "reference", f"{_HERE}.reference:step"),
+)
 
 
 def facts(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["causal_conv1d"]
+__all__ = ["causal_conv1d", "step"]
 
 
 def causal_conv1d(
@@ -39,3 +39,9 @@ def causal_conv1d(
         ys.append(torch.where(real, y, 0).to(x.dtype))
         state = torch.where(real[..., None], window[:, 1:], state)
     return torch.stack(ys, 1), state
+
+
+def step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, activation: str | None) -> Tensor:
+    y, final = causal_conv1d(x[:, None], weight, bias, activation=activation, initial_state=state, seq=None)
+    state.copy_(final)
+    return y[:, 0]

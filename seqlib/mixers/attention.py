@@ -1,0 +1,209 @@
+"""Softmax attention, full or over a sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.layers.init import linear_
+from seqlib.layers.linear import Linear
+from seqlib.layers.norm import RMSNorm
+from seqlib.layers.rotary import Rotary
+from seqlib.mixers.base import Mixer, MixerConfig, positive
+from seqlib.ops import attention
+from seqlib.ops.attention import KVState
+from seqlib.ops.attention import step as attention_step
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["Attention", "AttentionConfig", "SlidingAttention", "SlidingAttentionConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Hyperparameters of `Attention`."""
+
+    kind: str = "attention"
+    nheads: int | None = None
+    """None is d_model / headdim."""
+    nheads_kv: int | None = None
+    """Heads of keys and values, each shared by nheads / nheads_kv neighbouring query heads; None is nheads."""
+    headdim: int | None = None
+    """None is d_model / nheads, or 64 where that is not given either."""
+    window: int | None = None
+    """Tokens that are seen, the current one included; None for all."""
+    causal: bool = True
+    """False sees the whole sequence; such a layer has no state to go on from."""
+    scale: float | None = None
+    """Factor of the scores; None is 1/sqrt(headdim)."""
+    bias: bool = False
+    """Biases of the projections to q, k and v."""
+    out_bias: bool | None = None
+    """Bias of the output projection; None is the same as `bias`."""
+    qk_norm: bool = False
+    """RMSNorm of every query and key head, before the rotation."""
+    qk_norm_eps: float = 1e-6
+    rotary: bool = True
+    rope_theta: float = 10000.0
+    rotary_fraction: float = 1.0
+    """Part of each head that is rotated."""
+    rotary_interleaved: bool = False
+    """Rotate neighbouring features instead of the two halves."""
+    rope_scaling: float | None = None
+    """Stretches positions linearly."""
+
+    def __post_init__(self) -> None:
+        positive(self, "nheads", "nheads_kv", "headdim", "window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingAttentionConfig(AttentionConfig):
+    """Hyperparameters of `SlidingAttention`."""
+
+    kind: str = "sliding_attention"
+    window: int | None = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is None:
+            raise ConfigError("sliding_attention: window must be a positive integer; use kind 'attention' for none")
+
+
+class Attention(Mixer[AttentionConfig]):
+    """Softmax attention with grouped heads and rotary positions.
+
+        q, k, v = q_proj(x), k_proj(x), v_proj(x);  q, k = rotary(rms_norm(q)), rotary(rms_norm(k))
+        y = o_proj(attention(q, k, v))
+
+    Positions count the real tokens of a document. State: `KVState` in the dtype of k and v, a ring when windowed.
+    A full cache grows by itself, except in `step` on a GPU, where nobody may wait to see whether it is full: make it
+    with `initial_state(batch, max_seqlen)`.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762); rotary: Su et al. 2021; grouped heads: Ainslie et al. 2023
+    (arXiv 2305.13245); names of the projections as in the LLaMA family of transformers.
+    """
+
+    Config: ClassVar[type[MixerConfig]] = AttentionConfig
+    supports: ClassVar[frozenset[str]] = frozenset({"packed", "padded", "initial_state", "bidirectional"})
+    layer_type: ClassVar[str] = "full_attention"
+
+    def __init__(self, config: AttentionConfig, d_model: int, **place: Any) -> None:
+        super().__init__(config, d_model, **place)
+        self.nheads = config.nheads or _divide(config, "d_model", d_model, "headdim", config.headdim or 64)
+        self.headdim = config.headdim or _divide(config, "d_model", d_model, "nheads", self.nheads)
+        self.nheads_kv = config.nheads_kv or self.nheads
+        _divide(config, "nheads", self.nheads, "nheads_kv", self.nheads_kv)
+        inner, inner_kv = self.nheads * self.headdim, self.nheads_kv * self.headdim
+        out_bias = config.bias if config.out_bias is None else config.out_bias
+        self.q_proj = Linear(d_model, inner, bias=config.bias)
+        self.k_proj = Linear(d_model, inner_kv, bias=config.bias)
+        self.v_proj = Linear(d_model, inner_kv, bias=config.bias)
+        self.o_proj = Linear(inner, d_model, bias=out_bias)
+        self.q_norm = RMSNorm(self.headdim, config.qk_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.headdim, config.qk_norm_eps) if config.qk_norm else None
+        self.rotary = (
+            Rotary(
+                self.headdim,
+                config.rope_theta,
+                config.rotary_fraction,
+                config.rotary_interleaved,
+                config.rope_scaling,
+            )
+            if config.rotary
+            else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            linear_(projection)
+        linear_(self.o_proj, self.residual_scale)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+    def forward(
+        self, x: Tensor, state: KVState | None = None, seq: SequenceInfo | None = None
+    ) -> tuple[Tensor, KVState]:
+        self.check(x, seq)
+        q, k, v = self._heads(x, state, seq)
+        c = self.config
+        y, state = attention(
+            q, k, v, window=c.window, causal=c.causal, scale=c.scale, state=state, seq=seq,
+            backend=self.backend("attention"),
+        )  # fmt: skip
+        return self.o_proj(y.flatten(2).to(x.dtype)), state
+
+    def step(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
+        if not self.config.causal:
+            raise UnsupportedInput(f"{self.config.kind} with causal=False cannot decode token by token")
+        if self.config.window is None and x.device.type == "cpu" and int(state.length.max()) >= state.capacity:
+            state = state.reserve(max(16, 2 * state.capacity))
+        q, k, v = (t.squeeze(1) for t in self._heads(x[:, None], state, None))
+        y = attention_step(q, k, v, state, window=self.config.window, scale=self.config.scale)
+        return self.o_proj(y.flatten(1).to(x.dtype)), state
+
+    def _heads(self, x: Tensor, state: KVState | None, seq: SequenceInfo | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (batch, seqlen, heads, headdim), rotated, in the dtype of the state where there is one."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.headdim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(_positions(x, state, seq), q, k)
+        dtype = v.dtype if state is None else state.k.dtype
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+
+    def initial_state(
+        self,
+        batch: int,
+        max_seqlen: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> KVState:
+        weight = self.k_proj.weight
+        return KVState.empty(
+            batch,
+            self.config.window or max_seqlen or 0,
+            self.nheads_kv,
+            self.headdim,
+            dtype=dtype or weight.dtype,
+            device=device or weight.device,
+        )
+
+    def state_bytes(self, batch: int, seqlen: int) -> int:
+        capacity = self.config.window or seqlen
+        token = 2 * self.nheads_kv * self.headdim * self.k_proj.weight.element_size()
+        return batch * (capacity * token + torch.long.itemsize)
+
+
+class SlidingAttention(Attention):
+    """`Attention` over a window: a state of fixed size and work linear in the sequence.
+
+    Source: Beltagy et al. 2020 (arXiv 2004.05150); the causal window as in Mistral 7B, Jiang et al. 2023 (arXiv
+    2310.06825).
+    """
+
+    Config: ClassVar[type[MixerConfig]] = SlidingAttentionConfig
+    layer_type: ClassVar[str] = "sliding_attention"
+
+
+def _positions(x: Tensor, state: KVState | None, seq: SequenceInfo | None) -> Tensor:
+    """(batch or 1, seqlen): index of each token in its document, counted on from the state."""
+    batch, seqlen = x.shape[:2]
+    if seq is None or seq.shape is None:
+        here = torch.arange(seqlen, device=x.device)[None]
+        return here if state is None else here + state.length[:, None]
+    here = seq.positions(batch, seqlen, x.device)
+    if state is None:
+        return here
+    before = state.length[:, None]
+    return here + (before if seq.document_ids is None else before * (seq.document_ids == 0))
+
+
+def _divide(config: AttentionConfig, whole: str, width: int, part: str, size: int) -> int:
+    if width % size:
+        raise ConfigError(f"{config.kind}: {part} must divide {whole}={width}, got {size}")
+    return width // size

@@ -1,0 +1,65 @@
+"""One token of attention, in place."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqlib.errors import UnsupportedInput
+from seqlib.ops.attention.state import KVState
+
+__all__ = ["step"]
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: KVState, *, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """Attend one new token per row to itself and to the state, which takes it up in place.
+
+        state.k[b, slot] = k[b], state.v[b, slot] = v[b], state.length += 1
+        y = softmax(scale * q k^T) v over the filled slots
+
+    Static shapes and no wait for the device, so it can be captured in a graph. Meant for torch.no_grad: what it writes
+    over is gone for a backward pass.
+
+    Args:
+        q: (batch, nheads, headdim).
+        k: (batch, nheads_kv, headdim), v: (batch, nheads_kv, headdim_v), in the dtype of q; nheads_kv divides nheads.
+        state: a full cache with a free slot in every row (KVState.reserve makes room), or a ring of capacity = window.
+        window: tokens that are seen, the new one included; None for all.
+        scale: of the scores; None is 1/sqrt(headdim).
+
+    Returns:
+        (batch, nheads, headdim_v) in the dtype of q.
+
+    Raises:
+        UnsupportedInput: the state does not fit, or a full cache on the CPU has no free slot. On a GPU that would take
+            a wait for the device; there the write itself fails.
+    """
+    batch, capacity = state.k.shape[:2]
+    if (k.shape, v.shape) != ((batch, *state.k.shape[2:]), (batch, *state.v.shape[2:])):
+        raise UnsupportedInput(
+            f"k and v must be (batch, nheads_kv, headdim) of the state {tuple(state.k.shape)}, {tuple(state.v.shape)}; "
+            f"got {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if window is not None and capacity != window:
+        raise UnsupportedInput(f"a window of {window} needs a state of that capacity, got {capacity}")
+    filled: int | None = None
+    if state.length.device.type == "cpu":
+        filled = int(state.length.max()) + 1
+        if window is None and filled > capacity:
+            raise UnsupportedInput(f"the cache holds {capacity} tokens and is full; make room with state.reserve(...)")
+        filled = min(filled, capacity)
+
+    rows = torch.arange(batch, device=k.device)
+    slot = state.length if window is None else state.length % capacity
+    state.k[rows, slot] = k
+    state.v[rows, slot] = v
+    state.length += 1
+    keys, values = (t[:, :filled].transpose(1, 2) for t in (state.k, state.v))
+    live = torch.arange(keys.shape[2], device=k.device) < state.length[:, None]
+    # The query heads of one key head stand where the queries stand, so keys and values are read as they lie.
+    groups = q.unflatten(1, (k.shape[1], -1))
+    y = F.scaled_dot_product_attention(groups, keys, values, live[:, None, None], scale=scale)
+    return y.flatten(1, 2)

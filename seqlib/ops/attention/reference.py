@@ -1,0 +1,90 @@
+"""Attention by its definition: row by row, the whole score matrix, an explicit softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seqlib.ops.attention.state import KVState
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["attention"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    causal: bool,
+    scale: float,
+    state: KVState | None,
+    seq: SequenceInfo | None,
+) -> tuple[Tensor, KVState]:
+    batch, seqlen = q.shape[:2]
+    capacity = window or (seqlen if state is None else state.capacity)
+    rows = []
+    for b in range(batch):
+        before = 0 if state is None else int(state.length[b])
+        past = range(max(0, before - capacity), before)
+        document, position = _walk(b, seqlen, before, seq)
+        # Document 0 goes on from the state; -1 is padding.
+        of_key = torch.tensor([0] * len(past) + document, device=q.device)
+        at_key = torch.tensor([*past, *position], device=q.device)
+        keys, values = k[b], v[b]
+        if state is not None:
+            slots = [p % state.capacity for p in past]
+            keys, values = torch.cat([state.k[b, slots], keys]), torch.cat([state.v[b, slots], values])
+        of_query, at_query = of_key[len(past) :, None], at_key[len(past) :, None]
+        visible = (of_key == of_query) & (of_query >= 0)
+        if causal:
+            visible = visible & (at_key <= at_query)
+        if window is not None:
+            visible = visible & ((at_key - at_query).abs() < window)
+        y = _softmax_attention(q[b], keys, values, visible, scale)
+        last = (of_key == max([0, *document])).nonzero()[:, 0]
+        rows.append((y, keys[last], values[last], 1 + int(at_key[last[-1]]) if len(last) else 0))
+    if window is None and state is not None:
+        needed = max(length for *_, length in rows)
+        capacity = capacity if needed <= capacity else max(needed, 2 * capacity)
+    final = KVState(
+        torch.stack([_store(keys, length, capacity) for _, keys, _, length in rows]),
+        torch.stack([_store(values, length, capacity) for _, _, values, length in rows]),
+        torch.tensor([length for *_, length in rows], device=q.device),
+    )
+    return torch.stack([y for y, *_ in rows]), final
+
+
+def _walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[list[int], list[int]]:
+    """Document and position in it of every token of a row, -1 for padding."""
+    documents, positions = [], []
+    document, position = 0, before
+    for i in range(seqlen):
+        real = seq is None or seq.padding_mask is None or bool(seq.padding_mask[b, i])
+        if real and seq is not None and seq.starts is not None and bool(seq.starts[b, i]):
+            document, position = document + 1, 0
+        documents.append(document if real else -1)
+        positions.append(position if real else -1)
+        position += real
+    return documents, positions
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+    high = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    keys, values = (t.to(high).repeat_interleave(group, 1) for t in (k, v))
+    scores = torch.einsum("lhp,shp->hls", q.to(high), keys) * scale
+    weights = torch.where(visible, scores, -torch.inf)
+    weights = torch.exp(weights - weights.amax(-1, keepdim=True).clamp(min=torch.finfo(high).min))
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total > 0, total, 1)
+    return torch.einsum("hls,shp->lhp", weights, values).to(q.dtype)
+
+
+def _store(tokens: Tensor, length: int, capacity: int) -> Tensor:
+    """The last tokens of a document, which is `length` long, in their slots."""
+    buffer = list(tokens.new_zeros(capacity, *tokens.shape[1:]))
+    for token, position in zip(tokens, range(length - len(tokens), length)):
+        buffer[position % capacity] = token
+    return torch.stack(buffer)

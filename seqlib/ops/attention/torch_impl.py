@@ -1,0 +1,187 @@
+"""Attention over torch's fused scaled_dot_product_attention, without a (seqlen, seqlen) matrix of any kind.
+
+Padding and packing never reach the kernels as masks: the documents of a batch are cut out, put side by side as rows of
+like length and attended one by one. A causal row padded on its right needs no mask at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqlib.ops.attention.state import KVState, append, take_rows
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["attention_chunked", "attention_parallel"]
+
+# Entries of a mask that may exist at one time, and the narrowest block of queries it may force.
+_MASK, _BLOCK = 1 << 19, 64
+
+
+class _Rule(NamedTuple):
+    """Who sees whom, in coordinates that count from the first query. Per row, keys lie in begin <= j < end."""
+
+    window: int | None
+    causal: bool
+    scale: float
+    begin: Tensor | None = None
+    end: Tensor | None = None
+
+
+# (q, k, v, rule) -> y, where q belongs to the last tokens of k and v.
+_Form = Callable[[Tensor, Tensor, Tensor, _Rule], Tensor]
+
+
+def attention_parallel(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, KVState]:
+    return _attention(_parallel, q, k, v, **options)
+
+
+def attention_chunked(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, KVState]:
+    return _attention(_chunked, q, k, v, **options)
+
+
+def _attention(
+    form: _Form,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    causal: bool,
+    scale: float,
+    state: KVState | None,
+    seq: SequenceInfo | None,
+) -> tuple[Tensor, KVState]:
+    final = append(state, k, v, window=window, seq=seq)
+    if seq is None or seq.shape is None:
+        keys, values, begin = _with_past(state, None, k, v, window)
+        return form(q, keys, values, _Rule(window, causal, scale, begin)), final
+    y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
+    flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
+    for index, real, rows in _documents(seq, has_state=state is not None):
+        keys, values, begin = _with_past(None if rows is None else state, rows, flat_k[index], flat_v[index], window)
+        end = None if causal else real.sum(1)
+        part = form(flat_q[index], keys, values, _Rule(window, causal, scale, begin, end))
+        y = y.index_copy(0, index[real], part[real])
+    return y.unflatten(0, q.shape[:2]), final
+
+
+def _documents(seq: SequenceInfo, *, has_state: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Groups of documents of like length: flat indices of their tokens (ndocs, longest), which of them are real (the
+    others repeat the last token), and the batch rows whose state they go on from (None: they start afresh)."""
+    shape, like = seq.shape, seq.starts if seq.starts is not None else seq.padding_mask
+    assert shape is not None and like is not None
+    real = seq.padding_mask if seq.padding_mask is not None else torch.ones_like(like)
+    starts = seq.starts & real if seq.starts is not None else torch.zeros_like(real)
+    row_of = torch.arange(shape[0], device=like.device)[:, None] * (shape[1] + 1)
+    token = real.flatten().nonzero()[:, 0]
+    number, count = torch.unique_consecutive((starts.long().cumsum(1) + row_of).flatten()[token], return_counts=True)
+    first = count.cumsum(0) - count
+    continues = (number % (shape[1] + 1) == 0) & has_state
+    # Rows of one group differ by less than a factor of two, so less than half of what is computed is padding.
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for i, (goes_on, n) in enumerate(zip(continues.tolist(), count.tolist())):
+        groups.setdefault((goes_on, n.bit_length()), []).append(i)
+    for (goes_on, _), members in groups.items():
+        chosen = torch.tensor(members, device=like.device)
+        lengths = count[chosen, None]
+        steps = torch.arange(int(lengths.max()), device=like.device)
+        index = token[first[chosen, None] + torch.minimum(steps, lengths - 1)]
+        yield index, steps < lengths, number[chosen] // (shape[1] + 1) if goes_on else None
+
+
+def _with_past(
+    state: KVState | None, rows: Tensor | None, k: Tensor, v: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values with those of the state before them in order, and per row the coordinate that its keys begin at,
+    counted from the first query; None when no row is shorter than the others."""
+    if state is None:
+        return k, v, None
+    length = state.length if rows is None else state.length[rows]
+    shortest, longest = (int(n) for n in torch.stack(length.aminmax()).tolist())
+    past = longest if window is None else min(longest, window - 1)
+    if past == 0:
+        return k, v, None
+    if window is None and shortest == longest:
+        old_k, old_v = (t[:, :past] if rows is None else t[rows, :past] for t in (state.k, state.v))
+    else:
+        slot = (length[:, None] + torch.arange(-past, 0, device=k.device)).clamp(min=0) % state.capacity
+        old_k, old_v = (take_rows(t if rows is None else t[rows], slot) for t in (state.k, state.v))
+    return torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), None if shortest >= past else -length
+
+
+def _parallel(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
+    """Every query against every key it may see; where that takes a mask, block by block of queries."""
+    seqlen, past = q.shape[1], k.shape[1] - q.shape[1]
+    window = None if rule.window is None or rule.window >= k.shape[1] else rule.window
+    rule = rule._replace(window=window)
+    uneven = rule.begin is not None or rule.end is not None
+    if not uneven and window is None and (past == 0 or not rule.causal):
+        return _sdpa(q, k, v, scale=rule.scale, is_causal=rule.causal)
+    block = max(_BLOCK, _MASK // (k.shape[1] * (q.shape[0] if uneven else 1)))
+    parts = []
+    for i0 in range(0, seqlen, block):
+        i1 = min(seqlen, i0 + block)
+        j0 = -past if window is None else max(-past, i0 - window + 1)
+        j1 = i1 if rule.causal else min(seqlen, i1 + (window or seqlen) - 1)
+        mask = _mask(rule, range(i0, i1), range(j0, j1), q.device)
+        keys, values = (t[:, past + j0 : past + j1] for t in (k, v))
+        parts.append(_sdpa(q[:, i0:i1], keys, values, scale=rule.scale, attn_mask=mask))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _chunked(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
+    """Causal windows block by block, all at once: a block of queries sees itself and the blocks its window reaches."""
+    assert rule.window is not None and rule.causal
+    seqlen, past = q.shape[1], k.shape[1] - q.shape[1]
+    # Narrower blocks see fewer keys in vain, but gradients hold a copy of the keys of each; a quarter of the window
+    # does little of either.
+    block = max(_BLOCK, rule.window // 4)
+    reach = -(-(rule.window - 1) // block)
+    first = max(1, reach) * block
+    head = _parallel(q[:, :first], k[:, : past + first], v[:, : past + first], rule)
+    if seqlen <= first:
+        return head
+    # What came before the first query is out of reach for all further blocks, so they share one mask.
+    q, k, v = q[:, first:], k[:, past + first - reach * block :], v[:, past + first - reach * block :]
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, -seqlen % block)) for t in (q, k, v))
+    # Overlapping views: each block's keys are read where they lie.
+    q = q.unflatten(1, (-1, block)).flatten(0, 1)
+    k, v = (t.unfold(1, (reach + 1) * block, block).movedim(-1, 2).flatten(0, 1) for t in (k, v))
+    mask = _mask(rule._replace(begin=None, end=None), range(block), range(-reach * block, block), q.device)
+    rest = _sdpa(q, k, v, scale=rule.scale, attn_mask=mask)
+    rest = rest.unflatten(0, (head.shape[0], -1)).flatten(1, 2)
+    return torch.cat([head, rest[:, : seqlen - first]], 1)
+
+
+def _mask(rule: _Rule, queries: range, keys: range, device: torch.device) -> Tensor:
+    """(1 or batch, 1, queries, keys) bool: which keys each query may see."""
+    i = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    j = torch.arange(keys.start, keys.stop, device=device)
+    ahead, behind = (1 if rule.causal else rule.window), rule.window
+    visible = torch.ones(1, 1, len(queries), len(keys), dtype=torch.bool, device=device)
+    if ahead is not None:
+        visible = visible & (j - i < ahead)
+    if behind is not None:
+        visible = visible & (i - j < behind)
+    if rule.begin is not None:
+        visible = visible & (j >= rule.begin[:, None, None, None])
+    if rule.end is not None:
+        # A query past the end is never read, but it must see something for its softmax to be a number.
+        visible = visible & ((j < rule.end[:, None, None, None]) | (j == i))
+    return visible
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """torch's fused kernel on (batch, seqlen, nheads, headdim)."""
+    group, width = q.shape[2] // k.shape[2], v.shape[3]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    # The fused kernels want one head width; without them torch would write out all scores.
+    q, k, v = (F.pad(t, (0, max(q.shape[3], width) - t.shape[3])).transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, **options)
+    return y.transpose(1, 2)[..., :width]

@@ -1,0 +1,231 @@
+"""Caches and generation: the same tokens whatever the batch, the padding, the cache and the way they are asked for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hf_models import PAD, STACKS, left_padded, prompt, tiny
+from transformers import DynamicCache, TextStreamer, pipeline
+
+from seqlib.errors import UnsupportedInput
+from seqlib.hf import ByteTokenizer, SeqlibCache, SeqlibForCausalLM
+from seqlib.models import generation
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+stacks = pytest.mark.parametrize("stack", STACKS)
+
+
+@pytest.fixture(params=STACKS)
+def model(request) -> SeqlibForCausalLM:
+    return tiny(request.param)
+
+
+def greedy(model: SeqlibForCausalLM, ids: torch.Tensor, new: int = 8, **kwargs) -> torch.Tensor:
+    kwargs = {"eos_token_id": None, "pad_token_id": PAD} | kwargs
+    return model.generate(ids, max_new_tokens=new, do_sample=False, **kwargs)
+
+
+def test_cached_generation_equals_recomputing_everything(model) -> None:
+    (ids,) = prompt(9)
+    expected = ids
+    for _ in range(8):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(greedy(model, ids), expected)
+    assert torch.equal(greedy(model, ids, use_cache=False), expected)
+
+
+def test_left_padded_batch_equals_single(model) -> None:
+    prompts = prompt(3, 11, 7)
+    ids, mask = left_padded(prompts)
+    together = greedy(model, ids, attention_mask=mask)
+    for row, p in zip(together, prompts):
+        assert torch.equal(row[ids.shape[1] :], greedy(model, p)[0, p.shape[1] :])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_moves_no_logit_and_no_state(model, side: str) -> None:
+    prompts = prompt(4, 9)
+    ids, mask = left_padded(prompts, side)
+    padded = model(ids, attention_mask=mask, use_cache=True)
+    following = torch.tensor([[5], [6]])
+    after = model(following, past_key_values=padded.past_key_values)
+    for row, p in enumerate(prompts):
+        alone = model(p, use_cache=True)
+        torch.testing.assert_close(padded.logits[row][mask[row].bool()], alone.logits[0], **CLOSE)
+        next_alone = model(following[row : row + 1], past_key_values=alone.past_key_values)
+        torch.testing.assert_close(after.logits[row], next_alone.logits[0], **CLOSE)
+
+
+def test_continuation_with_many_tokens_is_exact(model) -> None:
+    (ids,) = prompt(14)
+    whole = model(ids).logits
+    cache, parts = SeqlibCache(), []
+    for part in ids.split([5, 1, 6, 2], 1):
+        parts.append(model(part, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
+    assert cache.get_seq_length() == 14 and cache.get_mask_sizes(3, 0) == (17, 0)
+
+
+@pytest.mark.parametrize("allocated", [None, 20])
+def test_single_steps_are_exact(model, allocated) -> None:
+    (ids,) = prompt(12)
+    whole = model(ids).logits
+    cache = SeqlibCache(max_seqlen=allocated)
+    with torch.no_grad():
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(12)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, **CLOSE)
+
+
+def test_generation_goes_on_from_a_returned_cache(model) -> None:
+    (ids,) = prompt(6)
+    first = greedy(model, ids, 3, return_dict_in_generate=True)
+    more = greedy(model, first.sequences, 4, past_key_values=copy.deepcopy(first.past_key_values))
+    assert torch.equal(more, greedy(model, ids, 7))
+
+
+def test_chunked_prefill(model) -> None:
+    ids, mask = left_padded(prompt(3, 11))
+    assert torch.equal(
+        greedy(model, ids, attention_mask=mask, prefill_chunk_size=4), greedy(model, ids, attention_mask=mask)
+    )
+
+
+def test_inputs_embeds_equal_ids(model) -> None:
+    (ids,) = prompt(7)
+    embeds = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(ids).logits)
+    generated = greedy(model, None, inputs_embeds=embeds)
+    assert torch.equal(generated, greedy(model, ids)[:, 7:])
+
+
+def test_beam_search_equals_beam_search_without_cache(model) -> None:
+    ids, mask = left_padded(prompt(4, 8))
+    asked = {"attention_mask": mask, "num_beams": 3, "num_return_sequences": 2}
+    with_cache = greedy(model, ids, **asked)
+    assert with_cache.shape == (4, 16)
+    assert torch.equal(with_cache, greedy(model, ids, use_cache=False, **asked))
+
+
+def test_sampling_draws_several_sequences_per_prompt(model) -> None:
+    (ids,) = prompt(5)
+    torch.manual_seed(0)
+    drawn = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=6, num_return_sequences=3, eos_token_id=None)
+    assert drawn.shape == (3, 11) and bool((drawn[:, :5] == ids).all())
+    assert len({tuple(row.tolist()) for row in drawn}) > 1
+    torch.manual_seed(0)
+    again = model.generate(
+        ids, do_sample=True, top_k=0, max_new_tokens=6, num_return_sequences=3, eos_token_id=None, use_cache=False
+    )
+    assert torch.equal(drawn, again)
+
+
+def test_rows_stop_at_eos_and_are_padded(model) -> None:
+    ids, mask = left_padded(prompt(4, 8))
+    free = greedy(model, ids, 8, attention_mask=mask)
+    stop = int(free[0, ids.shape[1] + 2])  # what row 0 says third
+    stopped = greedy(model, ids, 8, attention_mask=mask, eos_token_id=stop)
+    said = free[0, ids.shape[1] :].tolist().index(stop)
+    assert stopped[0, ids.shape[1] + said] == stop
+    assert bool((stopped[0, ids.shape[1] + said + 1 :] == PAD).all())
+
+
+def test_own_loop_and_transformers_loop_agree(model) -> None:
+    (ids,) = prompt(9)
+    own = torch.stack(list(generation.generate(_Parts(model), ids, max_new_tokens=8)), 1)
+    assert torch.equal(torch.cat([ids, own], 1), greedy(model, ids))
+
+
+class _Parts:
+    """The three parts that seqlib's own generation loop asks for."""
+
+    def __init__(self, model: SeqlibForCausalLM) -> None:
+        self.embed_tokens, self.backbone, self.lm_head = model.model.embed_tokens, model.model.backbone, model.lm_head
+
+
+def test_cache_batch_operations(model) -> None:
+    ids = torch.cat(prompt(6, 6))
+    cache = model(ids, use_cache=True).past_key_values
+    assert cache.batch_size == 2 and cache and len(cache) == model.config.num_hidden_layers
+    expected = model(torch.tensor([[5], [6]]), past_key_values=copy.deepcopy(cache)).logits
+
+    repeated = copy.deepcopy(cache)
+    repeated.batch_repeat_interleave(2)
+    logits = model(torch.tensor([[5], [5], [6], [6]]), past_key_values=repeated).logits
+    torch.testing.assert_close(logits, expected.repeat_interleave(2, 0), **CLOSE)
+
+    for rows in (torch.tensor([1]), torch.tensor([False, True])):
+        selected = copy.deepcopy(cache)
+        selected.batch_select_indices(rows)
+        torch.testing.assert_close(model(torch.tensor([[6]]), past_key_values=selected).logits, expected[1:], **CLOSE)
+
+    swapped = copy.deepcopy(cache)
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    logits = model(torch.tensor([[6], [5]]), past_key_values=swapped).logits
+    torch.testing.assert_close(logits, expected.flip(0), **CLOSE)
+
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.batch_size == -1
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
+    cache.crop(0)
+    with pytest.raises(UnsupportedInput, match="cannot be cropped"):
+        cache.crop(-1)
+    assert not cache.is_croppable and not cache.is_compileable
+
+
+def test_generation_allocates_the_key_value_states_once() -> None:
+    model = tiny("attention")
+    (ids,) = prompt(5)
+    sizes = set()
+    run = model.model.backbone.step
+
+    def watch(x, state):
+        sizes.add(state.nbytes)
+        return run(x, state)
+
+    model.model.backbone.step = watch
+    greedy(model, ids, 10)
+    assert len(sizes) == 1
+
+
+@stacks
+def test_pipeline_and_streamer_with_bytes(stack: str, capsys) -> None:
+    tokenizer = ByteTokenizer()
+    model = tiny(stack, vocab_size=len(tokenizer), pad_token_id=256, bos_token_id=257, eos_token_id=258)
+    speak = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "return_full_text": False}
+    texts = ["to be", "or not to be"]
+    together = speak(texts, batch_size=2, **asked)
+    for text, (answer,) in zip(texts, together):
+        assert speak(text, **asked)[0]["generated_text"] == answer["generated_text"]
+    ids = torch.tensor([tokenizer("to be")["input_ids"]])
+    streamed = greedy(model, ids, 5, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out == tokenizer.decode(streamed[0, 5:]) + "\n"
+
+
+def test_what_does_not_fit_is_refused(model) -> None:
+    (ids,) = prompt(5)
+    with pytest.raises(UnsupportedInput, match="SeqlibCache"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(UnsupportedInput, match="cache_implementation"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="offloaded")
+    with pytest.raises(UnsupportedInput, match="exactly one"):
+        model()
+    with pytest.raises(UnsupportedInput, match="attention_mask must have shape"):
+        model(ids, attention_mask=torch.ones(1, 1, 5, 5))
+    with pytest.raises(UnsupportedInput, match="attention_mask must have shape"):
+        model(ids, attention_mask=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
+def test_masks_by_layer_type_and_static_caches_are_taken(model) -> None:
+    ids, mask = left_padded(prompt(3, 6))
+    four = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    given = model(ids, attention_mask={"full_attention": four, "linear_attention": mask}).logits
+    torch.testing.assert_close(given, model(ids, attention_mask=mask).logits)
+    torch.testing.assert_close(model(ids, attention_mask={"linear_attention": None}).logits, model(ids).logits)
+    assert torch.equal(
+        greedy(model, ids, attention_mask=mask, cache_implementation="static"), greedy(model, ids, attention_mask=mask)
+    )
