@@ -35,7 +35,9 @@ Column = Annotated[str | None, typer.Option(help="Text column of data sets.")]
 def train(
     sources: Sources = None,
     recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "demo",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder to create.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to continue; nothing else is given then.")] = None,
     suffix: Suffix = None,
@@ -67,7 +69,9 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub name.")],
     sources: Sources = None,
-    split: Annotated[str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")
+    ] = None,
     chunk: Annotated[int, typer.Option(help="Tokens per forward; bounds memory and changes nothing else.")] = 2048,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after the document that reaches it.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
@@ -124,7 +128,9 @@ def generate(
 def demo(
     output: Annotated[Path, typer.Option(help="Run folder; an earlier demo in it is replaced.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="Training time that the number of steps is fitted to.")] = 4.0,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
+    ] = None,
 ) -> None:
     """Train on Python's own sources, compare with an n-gram model, save, load, generate."""
     from .demo import run_demo

@@ -45,7 +45,8 @@ class MetricsCallback(TrainerCallback):
     """Appends a JSON line per log to `metrics.jsonl` and stops a run whose loss is no longer a number.
 
     Keys: step, tokens, loss (nats per token), bits_per_byte, grad_norm, learning_rate, tokens_per_s (of the steps since
-    the line before, without saving and evaluating), elapsed_s; lines of evaluations have step and eval_*. On resume, lines after the checkpoint are dropped: they are computed again.
+    the line before, without saving and evaluating), elapsed_s; lines of evaluations have step and eval_*. On resume,
+    lines after the checkpoint are dropped: they are computed again.
     """
 
     def __init__(self, path: Path, tokens_per_step: int, bytes_per_token: float) -> None:
