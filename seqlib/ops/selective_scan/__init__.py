@@ -14,19 +14,27 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "selective_scan", "step"]
 
 _HERE = "seqlib.ops.selective_scan"
-_NATIVE = {
-    "devices": ("cpu",),
-    "dtypes": (torch.float32, torch.bfloat16),
-    "needs": ("native",),
-    "refuses": frozenset({"complex A", "constant B or C", "float16 or float64 B or C"}),
-}
+
+
+def _native(form: str, function: str) -> Impl:
+    return Impl(
+        "native",
+        form,
+        f"{_HERE}.native_impl:{function}",
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+        needs=("native",),
+        refuses=frozenset({"complex A", "constant B or C", "float16 or float64 B or C"}),
+    )
+
+
 IMPLS = (
-    Impl("native", "chunked", f"{_HERE}.native_impl:chunked", **_NATIVE),
+    _native("chunked", "chunked"),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
     Impl("reference", "reference", f"{_HERE}.reference:selective_scan"),
 )
 STEP_IMPLS = (
-    Impl("native", "recurrent", f"{_HERE}.native_impl:step", **_NATIVE),
+    _native("recurrent", "step"),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step"),
 )
 
