@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(seqlib, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("isa(str? name) -> str");
   m.def("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? spans, bool silu) -> (Tensor, Tensor)");
   m.def("causal_conv1d_bwd(Tensor dy, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? spans, bool silu) -> (Tensor, Tensor, Tensor)");
