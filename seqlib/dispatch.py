@@ -145,11 +145,16 @@ def preferred(op_name: str, backend: str = "auto", config: str = "auto") -> str:
     """The backend in force: argument, then scope, then config, then SEQLIB_BACKEND, then auto."""
     if backend != "auto":
         return backend
-    scope = _scope.get() or {}
-    scoped = scope.get(op_name, scope.get("*", "auto"))
+    scoped = _scoped(op_name)
     if scoped != "auto":
         return scoped
     return config if config != "auto" else os.environ.get("SEQLIB_BACKEND", "auto")
+
+
+@torch.compiler.assume_constant_result  # compilers cannot trace a ContextVar; the scope at trace time holds
+def _scoped(op_name: str) -> str:
+    scope = _scope.get() or {}
+    return scope.get(op_name, scope.get("*", "auto"))
 
 
 def resolve(op: Op, facts: Facts, form: str = "auto", backend: str = "auto") -> Choice:

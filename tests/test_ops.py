@@ -127,7 +127,7 @@ def isa(request):
 
 @pytest.mark.parametrize(("op", "impl", "case", "dtype", "isa"), list(_grid()), indirect=["isa"])
 def test_row_equals_reference(op: Op, impl: Impl, case: Case, dtype: torch.dtype, isa) -> None:
-    inputs = case.inputs(dtype, requires_grad=True)
+    inputs = case.inputs(dtype, requires_grad=impl.grad)
     try:
         resolve(op, op.facts(**inputs), impl.form, impl.name)
     except BackendUnavailable as error:
@@ -143,7 +143,7 @@ def test_row_equals_reference(op: Op, impl: Impl, case: Case, dtype: torch.dtype
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want)):
         _close(f"output {i}", a, b, dtype, gradient=False)
-    assert got_grads.keys() == want_grads.keys()
+    assert got_grads.keys() == (want_grads.keys() if impl.grad else set())
     for k in got_grads:
         _close(f"gradient of {k}", got_grads[k], want_grads[k], dtype, gradient=True)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import linear_
+from seqlib.layers.linear import Linear
 
 __all__ = ["MLP", "MLPConfig"]
 
@@ -59,9 +60,9 @@ class MLP(nn.Module):
         width = config.width(d_model)
         self.activation = _ACTIVATIONS[config.activation]
         self.residual_scale = residual_scale
-        self.up_proj = nn.Linear(d_model, width, bias=config.bias)
-        self.gate_proj = nn.Linear(d_model, width, bias=config.bias) if config.gated else None
-        self.down_proj = nn.Linear(width, d_model, bias=config.bias)
+        self.up_proj = Linear(d_model, width, bias=config.bias)
+        self.gate_proj = Linear(d_model, width, bias=config.bias) if config.gated else None
+        self.down_proj = Linear(width, d_model, bias=config.bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

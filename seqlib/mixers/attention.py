@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.init import linear_
+from seqlib.layers.linear import Linear
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.rotary import Rotary
 from seqlib.mixers.base import Mixer, MixerConfig, positive
@@ -97,10 +98,10 @@ class Attention(Mixer[AttentionConfig]):
         _divide(config, "nheads", self.nheads, "nheads_kv", self.nheads_kv)
         inner, inner_kv = self.nheads * self.headdim, self.nheads_kv * self.headdim
         out_bias = config.bias if config.out_bias is None else config.out_bias
-        self.q_proj = nn.Linear(d_model, inner, bias=config.bias)
-        self.k_proj = nn.Linear(d_model, inner_kv, bias=config.bias)
-        self.v_proj = nn.Linear(d_model, inner_kv, bias=config.bias)
-        self.o_proj = nn.Linear(inner, d_model, bias=out_bias)
+        self.q_proj = Linear(d_model, inner, bias=config.bias)
+        self.k_proj = Linear(d_model, inner_kv, bias=config.bias)
+        self.v_proj = Linear(d_model, inner_kv, bias=config.bias)
+        self.o_proj = Linear(inner, d_model, bias=out_bias)
         self.q_norm = RMSNorm(self.headdim, config.qk_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.headdim, config.qk_norm_eps) if config.qk_norm else None
         self.rotary = (

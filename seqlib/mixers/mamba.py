@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, linear_, uniform_
+from seqlib.layers.linear import Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.ops import rms_norm, selective_scan
@@ -82,14 +83,14 @@ class Mamba(Mixer[MambaConfig]):
         self.d_inner = config.expand * d_model
         self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
         n = config.d_state
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=config.bias)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=config.bias)
         self.conv1d = ShortConv(self.d_inner, config.d_conv, bias=config.conv_bias)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=False)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * n, bias=False)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(self.d_inner))
         self.A_log = nn.Parameter(torch.empty(self.d_inner, n))
         self.D = nn.Parameter(torch.empty(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+        self.out_proj = Linear(self.d_inner, d_model, bias=config.bias)
         if config.inner_norm == "learned":
             self.dt_norm = nn.Parameter(torch.empty(self.dt_rank))
             self.B_norm = nn.Parameter(torch.empty(n))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.init import normal_
+from seqlib.layers.linear import Linear
 from seqlib.models.backbone import Backbone
 from seqlib.models.config import BackboneConfig
 from seqlib.sequence import SequenceInfo, StateList
@@ -115,7 +116,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.d_model)
         self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, vocab_size, bias=False)
         normal_(self.embed_tokens.weight, 0.02)
         normal_(self.lm_head.weight, 0.02)
         if tie_embeddings:
