@@ -42,7 +42,11 @@ inline vf load(const T* p) {
   } else {
     vh h;
     std::memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+    return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));
+#else
     return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
+#endif
   }
 }
 
@@ -51,7 +55,12 @@ inline vh to_bf16(vf v) {
   vu u = reinterpret_cast<vu>(v);
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu quiet = (u >> 16) | 0x40u;
-  return __builtin_convertvector(v == v ? rounded : quiet, vh);
+  vu kept = v == v ? rounded : quiet;
+#if defined(__AVX512F__)
+  return reinterpret_cast<vh>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(kept)));
+#else
+  return __builtin_convertvector(kept, vh);
+#endif
 }
 
 template <class T>
