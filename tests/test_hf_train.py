@@ -84,7 +84,7 @@ def test_gradient_checkpointing_changes_nothing(model, reentrant: bool) -> None:
     expected = gradients(model, plain)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     calls = []
-    handle = model.model.backbone.layers[0].mixer.register_forward_hook(lambda *a: calls.append(1))
+    handle = model.model.backbone.layers[0].mixer.register_forward_pre_hook(lambda *a: calls.append(1))
     loss = model(ids, labels=ids).loss
     got = gradients(model, loss)
     handle.remove()
@@ -186,7 +186,8 @@ def test_lora_trains_saves_and_merges(model, tmp_path) -> None:
     lora.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_like(model), tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, adapted, **CLOSE)
-    torch.testing.assert_close(again.merge_and_unload()(ids).logits, adapted, **CLOSE)
+    merged = again.merge_and_unload()(ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)  # W + BA is rounded once, W x + BA x twice
 
 
 def tiny_like(model: SeqlibForCausalLM) -> SeqlibForCausalLM:
@@ -270,11 +271,12 @@ def test_weight_decay_falls_on_matrices_only(tmp_path) -> None:
 
 def test_trainer_keeps_loras_only(tmp_path) -> None:
     lora = get_peft_model(tiny("mamba"), LoraConfig(r=2, target_modules=["in_proj", "out_proj"]))
-    run = trainer(lora, tmp_path)
+    run = trainer(lora, tmp_path, max_steps=20)
+    before = run.evaluate()["eval_loss"]
     trained = {id(p) for group in run.create_optimizer().param_groups for p in group["params"]}
     assert trained == {id(p) for p in lora.parameters() if p.requires_grad}
     run.train()
-    assert run.state.log_history[-2]["loss"] < run.state.log_history[0]["loss"]
+    assert run.evaluate()["eval_loss"] < before
 
 
 def test_checkpoints_rotate_and_resume(tmp_path) -> None:
@@ -283,13 +285,10 @@ def test_checkpoints_rotate_and_resume(tmp_path) -> None:
     run.train()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "checkpoint-6"]
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
-    resumed = trainer(tiny("mamba"), tmp_path, max_steps=8, save_total_limit=2, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    straight = trainer(tiny("mamba"), tmp_path / "other", max_steps=8, **options)
-    straight.train()
-    assert resumed.state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
-    for a, b in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
-        assert a.shape == b.shape and bool(torch.isfinite(a).all())
+    resumed = trainer(tiny("mamba"), tmp_path, max_steps=6, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for a, b in zip(resumed.model.parameters(), run.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class FullDisk(TrainerCallback):

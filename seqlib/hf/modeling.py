@@ -24,9 +24,13 @@ from seqlib.hf.inputs import padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
 from seqlib.hf.tokenizer import ByteTokenizer
 from seqlib.layers.init import normal_
+from seqlib.layers.mlp import MLP
+from seqlib.layers.norm import RMSNorm
+from seqlib.mixers import Mixer
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
 from seqlib.models.heads import lm_loss, pool
+from seqlib.sequence import StateList
 
 __all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
 
@@ -55,16 +59,25 @@ class SeqlibPreTrainedModel(PreTrainedModel):
         return load_checked(super().from_pretrained, cls, pretrained_model_name_or_path, *args, **kwargs)
 
     def init_weights(self) -> None:
-        # Every part has initialised itself in its constructor. What a checkpoint lacks goes through _init_weights.
-        self.tie_weights()
+        self.tie_weights()  # every part has initialised itself in its constructor
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise what a checkpoint lacks; loaded tensors carry a mark that keeps them as they are."""
+        for module in self.modules():
+            owned = (*module.parameters(), *module.buffers())
+            if all(getattr(tensor, "_is_hf_initialized", False) for tensor in owned):
+                continue
+            if isinstance(module, nn.Embedding) or module in (getattr(self, "lm_head", None), getattr(self, "score", None)):
+                self._init_weights(module)
+            elif isinstance(module, (Mixer, MLP, RMSNorm)):
+                module.reset_parameters()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """An embedding or a head; transformers also calls it for the rows of a larger embedding."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            # Linear layers of mixers and MLPs come here too; their owner, which comes later, has the last word.
             normal_(module.weight, self.config.initializer_range)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
 
 
 class SeqlibModel(SeqlibPreTrainedModel):
@@ -129,7 +142,8 @@ class SeqlibModel(SeqlibPreTrainedModel):
             cu_seq_lens_q=cu_seq_lens_q,
         )
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if seqlen == 1 and state is not None and seq is None and not torch.is_grad_enabled() and not recorded:
+        plain = seqlen == 1 and seq is None and not torch.is_grad_enabled() and not recorded
+        if plain and cache is not None and state is not None and self._has_room(cache, state, x.device):
             hidden, state = self.backbone.step(x[:, 0], state)
             hidden = hidden.unsqueeze(1)
         else:
@@ -137,6 +151,11 @@ class SeqlibModel(SeqlibPreTrainedModel):
         if cache is not None:
             cache.states = state
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
+
+    def _has_room(self, cache: SeqlibCache, state: StateList, device: torch.device) -> bool:
+        """Whether `step` may write one more token. On a GPU it does not look, so that nothing waits for the device."""
+        grows = device.type != "cpu" and "full_attention" in self.config.layer_types
+        return not grows or state.seqlen < (cache.max_seqlen or 0)
 
 
 class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):

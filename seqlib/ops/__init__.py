@@ -3,6 +3,7 @@
 from seqlib.ops.attention import attention
 from seqlib.ops.causal_conv1d import causal_conv1d
 from seqlib.ops.linear import linear
+from seqlib.ops.linear_attention import linear_attention
 from seqlib.ops.linear_scan import linear_scan
 from seqlib.ops.norm import rms_norm
 from seqlib.ops.selective_scan import selective_scan
@@ -11,6 +12,7 @@ __all__ = [
     "attention",
     "causal_conv1d",
     "linear",
+    "linear_attention",
     "linear_scan",
     "rms_norm",
     "selective_scan",

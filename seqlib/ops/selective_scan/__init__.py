@@ -14,11 +14,21 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "selective_scan", "step"]
 
 _HERE = "seqlib.ops.selective_scan"
+_NATIVE = {
+    "devices": ("cpu",),
+    "dtypes": (torch.float32, torch.bfloat16),
+    "needs": ("native",),
+    "refuses": frozenset({"complex A", "constant B or C", "float16 or float64 B or C"}),
+}
 IMPLS = (
+    Impl("native", "chunked", f"{_HERE}.native_impl:chunked", **_NATIVE),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
     Impl("reference", "reference", f"{_HERE}.reference:selective_scan"),
 )
-STEP_IMPLS = (Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),)
+STEP_IMPLS = (
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", **_NATIVE),
+    Impl("torch", "recurrent", f"{_HERE}.torch_impl:step"),
+)
 
 
 def facts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Facts:
@@ -28,6 +38,8 @@ def facts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any
     features = {"complex A"} if A.is_complex() else set()
     if x.dim() == 3 and 2 in (B.dim(), C.dim()):
         features.add("constant B or C")
+    if any(t.dtype in (torch.float16, torch.float64) for t in (B, C)):
+        features.add("float16 or float64 B or C")
     seqlen = x.shape[1] if x.dim() == 3 else 1
     return Facts(x.device.type, x.dtype, seqlen, needs_grad, frozenset(features), (("d_state", A.shape[-1]),))
 
@@ -182,6 +194,8 @@ def _check(
             )
         if t.is_complex() and not A.is_complex():
             raise UnsupportedInput(f"{name} is complex but A is real; make A complex with A.to(torch.cfloat)")
+    if B.dim() == C.dim() == len(lead) + 2 and B.shape != C.shape:
+        raise UnsupportedInput(f"B and C must have the same ngroups, got {tuple(B.shape)} and {tuple(C.shape)}")
     if state is not None and tuple(state.shape) != (x.shape[0], d_inner, d_state):
         raise UnsupportedInput(f"the state must have shape {(x.shape[0], d_inner, d_state)}, got {tuple(state.shape)}")
     if state is not None and state.is_complex() and not A.is_complex():
