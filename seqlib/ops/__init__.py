@@ -2,6 +2,7 @@
 
 from seqlib.ops.attention import attention
 from seqlib.ops.causal_conv1d import causal_conv1d
+from seqlib.ops.delta_rule import delta_rule
 from seqlib.ops.linear import linear
 from seqlib.ops.linear_scan import linear_scan
 from seqlib.ops.norm import rms_norm
@@ -10,6 +11,7 @@ from seqlib.ops.selective_scan import selective_scan
 __all__ = [
     "attention",
     "causal_conv1d",
+    "delta_rule",
     "linear",
     "linear_scan",
     "rms_norm",
