@@ -104,14 +104,14 @@ inline vf add_runs(vf a, vf b, std::index_sequence<I...>) {
 
 // Lane i is the sum over the lanes of v[i].
 template <int H = 1>
-inline vf sums(const vf (&v)[W / H]) {
+inline vf lane_sums(const vf (&v)[W / H]) {
   if constexpr (H == W) {
     return v[0];
   } else {
     vf next[W / (2 * H)];
     for (int i = 0; i < W / (2 * H); ++i)
       next[i] = add_runs<H>(v[2 * i], v[2 * i + 1], std::make_index_sequence<W>());
-    return sums<2 * H>(next);
+    return lane_sums<2 * H>(next);
   }
 }
 
