@@ -45,6 +45,7 @@ struct Plan {
 };
 
 OptTensor floats(const OptTensor& t) {
+  if (t && t->scalar_type() == Scalar::Float && t->is_contiguous()) return t;
   return t ? OptTensor(torch::stable::contiguous(torch::stable::to(*t, Scalar::Float))) : std::nullopt;
 }
 

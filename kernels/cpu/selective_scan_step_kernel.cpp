@@ -28,17 +28,21 @@ void step(const ScanStepArgs& a, int64_t begin, int64_t end) {
     if (a.softplus) delta = softplus(delta);
     const vf input = delta * x;
 
+    float rates[W], inputs[W];
+    store(rates, delta * log2e);
+    store(inputs, input);
     vf dots[W] = {};
     for (int c = 0; c < lanes; ++c) {
       float* h = a.state + (i + c) * n;
       const float* A = a.A + (channel + c) * n;
-      const vf scale = splat(delta[c] * log2e), in = splat(input[c]);
-      for (int64_t s = 0; s < n; s += W) {
-        const int some = static_cast<int>(std::min<int64_t>(n - s, W));
-        const vf next = exp2(scale * get(A + s, some)) * get(h + s, some) + in * load(B + s);
+      auto states = [&](int64_t s, int some) {
+        const vf next = exp2(get(A + s, some) * rates[c]) * get(h + s, some) + load(B + s) * inputs[c];
         put(h + s, next, some);
         dots[c] += next * load(C + s);
-      }
+      };
+      int64_t s = 0;
+      for (; s + W <= n; s += W) states(s, W);
+      if (s < n) states(s, static_cast<int>(n - s));
     }
     vf y = sums(dots);
     if (a.D) y += get(a.D + channel, lanes) * x;

@@ -11,10 +11,19 @@ from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["IMPLS", "OP", "linear_scan"]
+__all__ = ["IMPLS", "OP", "combine", "linear_scan", "summarize"]
 
 _HERE = "seqlib.ops.linear_scan"
 IMPLS = (
+    Impl(
+        "native",
+        "chunked",
+        f"{_HERE}.native_impl:linear_scan",
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16, torch.complex64),
+        needs=("native",),
+        refuses=frozenset({"mixed precision"}),
+    ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:linear_scan"),
     Impl("reference", "reference", f"{_HERE}.reference:linear_scan"),
 )
@@ -23,7 +32,8 @@ IMPLS = (
 def facts(a: Tensor, b: Tensor, *, initial_state: Tensor | None = None, **_: Any) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, initial_state))
     dtype = torch.promote_types(a.dtype, b.dtype) if a.is_complex() else b.dtype
-    return Facts(b.device.type, dtype, b.shape[1], needs_grad)
+    odd = any(t.dtype in (torch.float16, torch.float64, torch.complex32) for t in (a, b))
+    return Facts(b.device.type, dtype, b.shape[1], needs_grad, frozenset({"mixed precision"} if odd else ()))
 
 
 OP = Op("linear_scan", IMPLS, facts, "linear_scan")
@@ -88,3 +98,24 @@ def linear_scan(
         seq.check(batch, seqlen)
     run = OP.choose(facts(a, b, initial_state=initial_state), form, backend)
     return run(a, b, initial_state=initial_state, reverse=reverse, seq=seq)
+
+
+def summarize(
+    a: Tensor, b: Tensor, *, reverse: bool = False, seq: SequenceInfo | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """What a span does to the state that enters it: h_out = decay * h_in + state, both (batch, ...).
+
+    Args:
+        a, b, reverse, seq: as in `linear_scan`.
+
+    Source: Blelloch 1990, section 1.4.
+    """
+    one = torch.ones_like(b[:, 0])
+    _, decay = linear_scan(a, torch.zeros_like(b), initial_state=one, reverse=reverse, seq=seq, backend=backend)
+    _, state = linear_scan(a, b, reverse=reverse, seq=seq, backend=backend)
+    return decay, state
+
+
+def combine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The summary of two spans in a row (in the order of the scan); associative, with identity (1, 0)."""
+    return first[0] * second[0], first[1] * second[0] + second[1]
