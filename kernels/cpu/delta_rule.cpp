@@ -121,6 +121,43 @@ std::tuple<Tensor, Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, 
   return {y, final_state, saved};
 }
 
+// Gradients of q and k (per value head), v, beta, log_decay and the initial state, in float32; empty where there is none.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_rule_bwd(
+    const Tensor& dy, const OptTensor& dfinal, const Tensor& saved, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& beta, const OptTensor& log_decay, const OptTensor& initial_state, const OptTensor& spans,
+    double scale) {
+  Call call(q, k, v, beta, log_decay, initial_state, spans, scale);
+  DeltaArgs& a = call.args;
+  check_f32(saved, "saved");
+  STD_TORCH_CHECK(dy.scalar_type() == v.scalar_type(), "dy must have the dtype of v");
+  STD_TORCH_CHECK(saved.size(0) == a.first_piece[a.batch], "saved must hold one state per piece");
+  a.saved = data<float>(saved);
+  const Tensor dys = unit_last(dy);
+  const OptTensor dfinals = to_f32(dfinal);
+  // Positions in no span keep a gradient of zero.
+  auto made = [&](std::vector<int64_t> shape) {
+    return spans ? torch::stable::new_zeros(v, shape, Scalar::Float) : empty_f32(v, shape);
+  };
+  Tensor dq = made({a.batch, a.seqlen, a.nheads, a.d_state}), dk = made({a.batch, a.seqlen, a.nheads, a.d_state});
+  Tensor dv = made({a.batch, a.seqlen, a.nheads, a.headdim}), dbeta = made({a.batch, a.seqlen, a.nheads});
+  Tensor dlog = made(log_decay ? std::vector<int64_t>(log_decay->sizes().begin(), log_decay->sizes().end())
+                               : std::vector<int64_t>{0});
+  Tensor dstate = empty_f32(v, call.state_shape(initial_state ? a.batch : 0));
+  const DeltaGradArgs g{a,
+                        input(dys, a.nheads),
+                        data<float>(dfinals),
+                        data<float>(dq),
+                        data<float>(dk),
+                        data<float>(dv),
+                        data<float>(dbeta),
+                        data<float>(dlog),
+                        initial_state ? data<float>(dstate) : nullptr};
+  const int64_t work = std::max<int64_t>(1, a.seqlen * a.d_state * a.headdim);
+  torch::stable::parallel_for(0, a.batch * a.nheads, std::max<int64_t>(1, 16384 / work),
+                              [&](int64_t begin, int64_t end) { delta_rule_bwd_for()(g, begin, end); });
+  return {dq, dk, dv, dbeta, dlog, dstate};
+}
+
 Tensor delta_rule_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta, const OptTensor& log_decay,
                        Tensor state, double scale) {
   check(q, k, v);
@@ -144,5 +181,6 @@ Tensor delta_rule_step(const Tensor& q, const Tensor& k, const Tensor& v, const 
 
 STABLE_TORCH_LIBRARY_IMPL(seqlib, CPU, m) {
   m.impl("delta_rule", TORCH_BOX(&seqlib::delta_rule));
+  m.impl("delta_rule_bwd", TORCH_BOX(&seqlib::delta_rule_bwd));
   m.impl("delta_rule_step", TORCH_BOX(&seqlib::delta_rule_step));
 }

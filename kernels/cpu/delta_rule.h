@@ -46,6 +46,17 @@ struct DeltaArgs {
 // Task (b * nheads + h) * parts + part: all tokens of one head, a part of its columns.
 SEQLIB_KERNEL(delta_rule_fwd, DeltaArgs)
 
+struct DeltaGradArgs {
+  DeltaArgs forward;  // y and final_state unused
+  DeltaInput dy;
+  const float* dfinal;  // as final_state, or null
+  // Gradients, all of float32 and per value head: dq and dk (batch, seqlen, nheads, d_state), the others as their inputs.
+  float *dq, *dk, *dv, *dbeta, *dlog_decay, *dstate;
+};
+
+// Task b * nheads + h.
+SEQLIB_KERNEL(delta_rule_bwd, DeltaGradArgs)
+
 struct DeltaStepArgs {
   DeltaInput q, k, v;             // step unused
   const float *beta, *log_decay;  // (batch, nheads [, d_state])

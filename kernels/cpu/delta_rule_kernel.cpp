@@ -10,20 +10,18 @@ void tokens(const DeltaArgs& a, const Head& at, int64_t begin, int64_t count, in
   prepare<T, D>(a, at, begin, count, tile);
   for (; block < stop; ++block, S += a.d_state * columns) {
     const int64_t c = block * columns;
-    const T* v[C];
-    for (int t = 0; t < C; ++t) v[t] = t < count ? a.v.at<T>(at.b, begin + t, at.h) + c : nullptr;
-    vf u[C][NC], y[C][NC];
-    read(S, tile, a.d_state, u, y);
-    errors(tile, v, a.headdim - c, count, u);
+    vf found[2 * C][NC], u[C][NC];
+    read<2 * C>(S, tile.in, a.d_state, found);
+    errors<T>(a, at, begin, count, c, tile, found, u);
+    T* y = static_cast<T*>(a.y) + ((at.b * a.seqlen + begin) * a.nheads + at.h) * a.headdim + c;
 #pragma GCC unroll 4
     for (int t = 0; t < C; ++t)
       for (int i = 0; i < NC; ++i) {
         u[t][i] *= tile.beta[t];
-        for (int s = 0; s <= t; ++s) y[t][i] += u[s][i] * tile.qk[t][s];
+        vf sum = found[C + t][i];
+        for (int s = 0; s <= t; ++s) sum += u[s][i] * tile.qk[t][s];
+        if (t < count) put(y + t * a.nheads * a.headdim + i * W, sum, a.headdim - c - i * W);
       }
-    T* out = static_cast<T*>(a.y) + ((at.b * a.seqlen + begin) * a.nheads + at.h) * a.headdim + c;
-    for (int t = 0; t < count; ++t, out += a.nheads * a.headdim)
-      for (int i = 0; i < NC; ++i) put(out + i * W, y[t][i], a.headdim - c - i * W);
     write<D>(S, S, tile, a.d_state, u);
   }
 }

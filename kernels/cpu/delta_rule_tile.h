@@ -53,8 +53,9 @@ struct Head {
 };
 
 struct alignas(64) Tile {
-  float k_in[C][width], q_in[C][width], k_out[C][width], whole[width];  // E_t k_t, scale E_t q_t, P_3t k_t, E_3
-  float kk[C][C], qk[C][C];                                             // s < t; scale, s <= t
+  float in[2 * C][width];                // E_t k_t, then scale E_t q_t
+  float out[C][width], whole[width];     // P_3t k_t; E_3
+  float kk[C][C], qk[C][C];              // k_t P_ts k_s for s < t; scale q_t P_ts k_s for s <= t
   float beta[C];
 };
 
@@ -109,10 +110,10 @@ inline void prepare(const DeltaArgs& a, const Head& at, int64_t begin, int64_t c
         if (s < t) sum[s * C + t] += k * carried[s];
         sum[t * C + s] += q * carried[s];
       }
-      store(tile.k_in[t] + n, D == Decay::none ? k : k * in);
-      store(tile.q_in[t] + n, D == Decay::none ? q : q * in);
+      store(tile.in[t] + n, D == Decay::none ? k : k * in);
+      store(tile.in[C + t] + n, D == Decay::none ? q : q * in);
     }
-    for (int t = 0; t < C; ++t) store(tile.k_out[t] + n, carried[t]);
+    for (int t = 0; t < C; ++t) store(tile.out[t] + n, carried[t]);
     if constexpr (D != Decay::none) store(tile.whole + n, in);
   }
   float scores[pairs];
@@ -124,39 +125,37 @@ inline void prepare(const DeltaArgs& a, const Head& at, int64_t begin, int64_t c
     }
 }
 
-// What k_in and q_in read from a block of columns of the state, stored as (d_state, columns).
-inline void read(const float* S, const Tile& tile, int64_t d_state, vf (&by_k)[C][NC], vf (&by_q)[C][NC]) {
-  vf ks[C][NC] = {}, qs[C][NC] = {};
+// What R rows over d_state read from a block of columns of the state, stored as (d_state, columns).
+template <int R>
+inline void read(const float* S, const float (*rows)[width], int64_t d_state, vf (&found)[R][NC]) {
+  vf sum[R][NC] = {};
   for (int64_t n = 0; n < d_state; ++n) {
     vf s[NC];
     for (int i = 0; i < NC; ++i) s[i] = load(S + n * columns + i * W);
-#pragma GCC unroll 4
-    for (int t = 0; t < C; ++t)
-      for (int i = 0; i < NC; ++i) {
-        ks[t][i] += s[i] * tile.k_in[t][n];
-        qs[t][i] += s[i] * tile.q_in[t][n];
-      }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < NC; ++i) sum[r][i] += s[i] * rows[r][n];
   }
-  for (int t = 0; t < C; ++t)
-    for (int i = 0; i < NC; ++i) {
-      by_k[t][i] = ks[t][i];
-      by_q[t][i] = qs[t][i];
-    }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < NC; ++i) found[r][i] = sum[r][i];
 }
 
-// e_t in the place of what k_in read; `v` is the first column of this block in each token's value.
-template <class T>
-inline void errors(const Tile& tile, const T* const (&v)[C], int64_t left, int64_t count, vf (&by_k)[C][NC]) {
+// e_t for a block of columns from c on, given what the keys read.
+template <class T, int R>
+inline void errors(const DeltaArgs& a, const Head& at, int64_t begin, int64_t count, int64_t c, const Tile& tile,
+                   const vf (&found)[R][NC], vf (&e)[C][NC]) {
 #pragma GCC unroll 4
-  for (int t = 0; t < C; ++t)
+  for (int t = 0; t < C; ++t) {
+    const T* v = t < count ? a.v.at<T>(at.b, begin + t, at.h) + c : nullptr;
     for (int i = 0; i < NC; ++i) {
-      vf e = (t < count ? get(v[t] + i * W, left - i * W) : vf{}) - by_k[t][i];
-      for (int s = 0; s < t; ++s) e -= by_k[s][i] * (tile.kk[t][s] * tile.beta[s]);
-      by_k[t][i] = e;
+      vf x = (v ? get(v + i * W, a.headdim - c - i * W) : vf{}) - found[t][i];
+      for (int s = 0; s < t; ++s) x -= e[s][i] * (tile.kk[t][s] * tile.beta[s]);
+      e[t][i] = x;
     }
+  }
 }
 
-// to = E_3 from + k_out^T u, for a block of columns; `to` may be `from`.
+// to = E_3 from + out^T u, for a block of columns; `to` may be `from`.
 template <Decay D>
 inline void write(const float* from, float* to, const Tile& tile, int64_t d_state, const vf (&u)[C][NC]) {
   for (int64_t n = 0; n < d_state; ++n)
@@ -164,7 +163,7 @@ inline void write(const float* from, float* to, const Tile& tile, int64_t d_stat
       vf s = load(from + n * columns + i * W);
       if constexpr (D != Decay::none) s *= tile.whole[n];
 #pragma GCC unroll 4
-      for (int t = 0; t < C; ++t) s += u[t][i] * tile.k_out[t][n];
+      for (int t = 0; t < C; ++t) s += u[t][i] * tile.out[t][n];
       store(to + n * columns + i * W, s);
     }
 }

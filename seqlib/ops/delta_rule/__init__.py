@@ -27,7 +27,6 @@ _NATIVE: dict[str, Any] = {
     "dtypes": (torch.float32, torch.bfloat16),
     "needs": ("native",),
     "limits": _narrow,
-    "grad": False,
 }
 IMPLS = (
     Impl("native", "chunked", f"{_HERE}.native_impl:chunked", refuses=frozenset({"chunk_size"}), **_NATIVE),
@@ -35,7 +34,7 @@ IMPLS = (
     Impl("reference", "reference", f"{_HERE}.reference:delta_rule"),
 )
 STEP_IMPLS = (
-    Impl("native", "recurrent", f"{_HERE}.native_impl:step", **_NATIVE),
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),
 )
 
