@@ -16,6 +16,14 @@ __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "OnlineConv", "OnlineState", "lo
 
 _HERE = "seqlib.ops.long_conv"
 IMPLS = (
+    Impl(
+        "native",
+        "parallel",
+        f"{_HERE}.native_impl:long_conv",
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+        needs=("native",),
+    ),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:long_conv"),
     Impl("reference", "reference", f"{_HERE}.reference:long_conv"),
 )
