@@ -237,6 +237,9 @@ struct Block {
   vf read(const T* p) const { return Full ? load(p) : load_n(p, lanes); }
   void write(T* p, vf v) const { Full ? store(p, v) : store_n(p, v, lanes); }
 
+  // Rows are too far apart for the hardware to fetch them ahead of time.
+  static constexpr int64_t ahead = 16;
+
   T* at(const ConvTensor& t, int64_t b) const { return static_cast<T*>(t.data) + b * t.batch + channel; }
 
   // The samples of a row, those of the state first, turned.
@@ -244,7 +247,11 @@ struct Block {
     const int64_t n = a.points, past = a.past, end = past + a.seqlen;
     const T *head = before.data ? at(before, b) : nullptr, *body = at(rows, b);
     auto sample = [&](int64_t i) {
-      if (i >= past) return read(body + (i - past) * rows.row);
+      if (i >= past) {
+        const T* row = body + (i - past) * rows.row;
+        __builtin_prefetch(row + ahead * rows.row);
+        return read(row);
+      }
       return head ? read(head + i * before.row) : vf{};
     };
     dif(p, n, tables.of(n), [&](int64_t j) -> Complex {
@@ -261,7 +268,11 @@ struct Block {
     const int64_t n = a.points, past = a.past, end = past + a.seqlen;
     T *head = before.data ? at(before, b) : nullptr, *body = at(rows, b);
     auto sample = [&](int64_t i, vf v) {
-      if (i >= past) return write(body + (i - past) * rows.row, v);
+      if (i >= past) {
+        T* row = body + (i - past) * rows.row;
+        __builtin_prefetch(row + ahead * rows.row, 1);
+        return write(row, v);
+      }
       if (head) write(head + i * before.row, v);
     };
     dit(p, n, tables.of(n), [&](int64_t j, Complex z) {
