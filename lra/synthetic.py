@@ -187,8 +187,8 @@ def needle(
 ) -> Batch:
     """A sentence with a number hidden in English text over bytes, asked for at the end; ids are bytes.
 
-    "The code of ember is 48213." stands between filler sentences, with `distractors` more codes of other names; the text
-    ends with "The code of ember is " and the number, which is predicted digit by digit.
+    "The code of ember is 48213." stands between filler sentences, with `distractors` more codes of other names; the
+    text ends with "The code of ember is " and the number, which is predicted digit by digit.
 
     Source: the form of the task as in RULER (Hsieh et al. 2024, arXiv 2404.06654), single and multi-key needles.
     """
