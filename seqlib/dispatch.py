@@ -94,7 +94,7 @@ class Op:
     function: str
 
     def choose(self, facts: Facts, form: str = "auto", backend: str = "auto") -> Callable[..., Any]:
-        """The function that runs for these facts. A choice is remembered: decoding asks the same question every step."""
+        """The function that runs for these facts; remembered, because decoding asks the same at every step."""
         backend = preferred(self.name, backend)
         if torch.compiler.is_compiling():
             return _load(resolve(self, facts, form, backend).impl.target)
