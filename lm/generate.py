@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import seqlib.hf
-from seqlib.errors import CheckpointMismatch, ConfigError, UnsupportedInput
+from seqlib.errors import CheckpointMismatch, ConfigError, SeqlibError, UnsupportedInput
 
 from .data import start_token
 
@@ -50,6 +50,8 @@ def load_model(path: str) -> tuple[Any, Any]:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except SeqlibError:
+        raise
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"no model could be loaded from {path!r}: {reason}") from error

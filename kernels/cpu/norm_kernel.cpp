@@ -11,15 +11,15 @@ namespace seqlib::SEQLIB_ISA {
 namespace {
 
 enum class Gate { none, first, last };
-constexpr int sums = 4;  // running sums side by side, because one would wait for its own additions
+constexpr int nsum = 4;  // running sums side by side, because one would wait for its own additions
 
-// Calls f(offset, lanes, k) over [0, n) in vectors, k counting through the sums; the last vector may be short.
+// Calls f(offset, lanes, k) over [0, n) in vectors, k counting through them; the last vector may be short.
 template <class F>
 inline void each(int64_t n, F&& f) {
   int64_t i = 0;
-  for (; i + sums * W <= n; i += sums * W) {
+  for (; i + nsum * W <= n; i += nsum * W) {
 #pragma GCC unroll 4
-    for (int k = 0; k < sums; ++k) f(i + k * W, W, k);
+    for (int k = 0; k < nsum; ++k) f(i + k * W, W, k);
   }
   for (; i + W <= n; i += W) f(i, W, 0);
   if (i < n) f(i, static_cast<int>(n - i), 0);
@@ -59,7 +59,7 @@ void forward(const NormArgs& a, int64_t begin, int64_t end) {
       T* y = from<T>(a.y, row * a.width + g * a.group);
       float* kept = gated.data();
 
-      vf squares[sums] = {};
+      vf squares[nsum] = {};
       each(a.group, [&](int64_t i, int lanes, int k) {
         vf v = get(x + i, lanes);
         if constexpr (gate == Gate::first) {
@@ -101,7 +101,7 @@ void backward(const NormArgs& a, int64_t begin, int64_t end) {
           dhat = get(dy + i, lanes);
           if constexpr (gate != Gate::none) (gate == Gate::first ? xhat : dhat) *= get(z + i, lanes) * s;
         };
-        vf dots[sums] = {};
+        vf dots[nsum] = {};
         each(a.group, [&](int64_t i, int lanes, int k) {
           vf s = {}, xhat, dhat;
           if constexpr (gate != Gate::none) {

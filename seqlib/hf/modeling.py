@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,9 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     config_class = SeqlibConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Block}
+    _no_split_modules = ["Block"]  # noqa: RUF012 - instance attributes of the base class
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": Block}  # noqa: RUF012
     _is_stateful = True  # a recurrent state cannot drop rejected tokens, so generate() refuses assisted decoding
 
     @classmethod
@@ -56,7 +56,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 or a file that cannot be read. Only a head may be missing: it starts anew, with transformers' warning.
                 `ignore_mismatched_sizes=True` accepts all but NaN and infinity.
         """
-        return load_checked(super().from_pretrained, cls, pretrained_model_name_or_path, *args, **kwargs)
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def init_weights(self) -> None:
         self.tie_weights()  # every part has initialised itself in its constructor
@@ -64,11 +64,12 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Initialise what a checkpoint lacks; loaded tensors carry a mark that keeps them as they are."""
+        heads = [child for child in self.children() if isinstance(child, nn.Linear)]
         for module in self.modules():
             owned = (*module.parameters(), *module.buffers())
             if all(getattr(tensor, "_is_hf_initialized", False) for tensor in owned):
                 continue
-            if isinstance(module, nn.Embedding) or module in (getattr(self, "lm_head", None), getattr(self, "score", None)):
+            if isinstance(module, nn.Embedding) or module in heads:
                 self._init_weights(module)
             elif isinstance(module, (Mixer, MLP, RMSNorm)):
                 module.reset_parameters()
@@ -88,9 +89,12 @@ class SeqlibModel(SeqlibPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.backbone = Backbone(config.backbone)
         normal_(self.embed_tokens.weight, config.initializer_range)
-        # Regular expressions: what has optimizer options of its own (A_log, D, dt_bias) also wants full precision.
-        special = {name.rpartition(".")[2] for name in self.backbone.special_parameters()}
-        self._keep_in_fp32_modules_strict = {rf"\.{name}$" for name in special}
+        # What has optimizer options of its own (A_log, D, dt_bias) also wants full precision, built or loaded.
+        special = self.backbone.special_parameters()
+        for name, parameter in self.backbone.named_parameters():
+            if name in special and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+        self._keep_in_fp32_modules_strict = {rf"\.{name.rpartition('.')[2]}$" for name in special}  # patterns
         self.post_init()
 
     @capture_outputs
@@ -154,14 +158,14 @@ class SeqlibModel(SeqlibPreTrainedModel):
 
     def _has_room(self, cache: SeqlibCache, state: StateList, device: torch.device) -> bool:
         """Whether `step` may write one more token. On a GPU it does not look, so that nothing waits for the device."""
-        grows = device.type != "cpu" and "full_attention" in self.config.layer_types
+        grows = device.type != "cpu" and "full_attention" in (self.config.layer_types or ())
         return not grows or state.seqlen < (cache.max_seqlen or 0)
 
 
 class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
     """Language model: embedding, backbone and a head, tied to the embedding unless the config says otherwise."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     computes_loss_without_logits = True
 
     def __init__(self, config: SeqlibConfig) -> None:
@@ -223,7 +227,14 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+    def _prepare_cache_for_generation(  # type: ignore[override] # it returns nothing, whatever its annotation says
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
         """Give `generate` our cache, with key-value states allocated once for the longest sequence."""
         if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
             return
@@ -233,18 +244,19 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
                 f"cache_implementation={wanted!r} is not available for seqlib models; leave it out: states are "
                 "allocated once and key-value states only exist in attention layers"
             )
-        mode, batch, max_cache_length = args
         model_kwargs["past_key_values"] = SeqlibCache(max_seqlen=max_cache_length)
 
 
 class SeqlibForSequenceClassification(SeqlibPreTrainedModel):
     """One label per sequence, from the last real token or the mean over the real tokens (config.pooling)."""
 
+    accepts_loss_kwargs = False  # the loss is a mean, which Trainer must divide by its accumulation steps
+
     def __init__(self, config: SeqlibConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2  # never None, but typed so
         self.model = SeqlibModel(config)
-        self.score = nn.Linear(config.d_model, config.num_labels, bias=False)
+        self.score = nn.Linear(config.d_model, self.num_labels, bias=False)
         normal_(self.score.weight, config.initializer_range)
         self.post_init()
 

@@ -2,6 +2,7 @@
 
 from seqlib.ops.attention import attention
 from seqlib.ops.causal_conv1d import causal_conv1d
+from seqlib.ops.delta_rule import delta_rule
 from seqlib.ops.linear import linear
 from seqlib.ops.linear_attention import linear_attention
 from seqlib.ops.linear_scan import linear_scan
@@ -11,6 +12,7 @@ from seqlib.ops.selective_scan import selective_scan
 __all__ = [
     "attention",
     "causal_conv1d",
+    "delta_rule",
     "linear",
     "linear_attention",
     "linear_scan",
