@@ -115,8 +115,17 @@ inline vf lane_sums(const vf (&v)[W / H]) {
   }
 }
 
+// One instruction where there is one; compilers make a comparison and a blend of the conditional.
+#if defined(__AVX512F__)
+inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+#elif defined(__AVX2__)
+inline vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+#else
 inline vf min(vf a, vf b) { return a < b ? a : b; }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+#endif
 
 // 2^t, 2 ulp. Minimax polynomial of degree 5 on [-1/2, 1/2].
 inline vf exp2(vf t) {
