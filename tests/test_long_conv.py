@@ -136,6 +136,16 @@ def test_nothing_looks_ahead(backend: str) -> None:
     assert float(dx[0, 18:].abs().max()) < 1e-6 and float(dx[0, 17].abs().min()) > 1e-4
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides_and_dtypes_of_parameters(backend: str) -> None:
+    x, kernel, D = _draw(2, 40, 6, 40)
+    want, _ = long_conv(x, kernel, D=D, reverse_kernel=kernel, backend=backend)
+    wide = torch.stack([kernel.T, kernel.T], 2).double()[..., 0].T  # every second number of a transposed tensor
+    skip = torch.stack([D, D], 1)[:, 1]
+    got, _ = long_conv(x.mT.contiguous().mT, wide, D=skip, reverse_kernel=wide, backend=backend)
+    assert got.dtype == torch.float32 and torch.allclose(got, want, atol=1e-5)
+
+
 def test_autocast_leaves_it_in_float32() -> None:
     x, kernel, D = _draw(2, 100, 4, 100)
     want, _ = long_conv(x, kernel, D=D)

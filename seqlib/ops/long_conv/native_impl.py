@@ -23,7 +23,9 @@ def long_conv(
     initial_state: Tensor | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, Tensor | None]:
-    kernel, skip, reverse = (None if t is None else t.to(torch.float32) for t in (kernel, D, reverse_kernel))
+    kernel = kernel.to(torch.float32)
+    skip = None if D is None else D.to(torch.float32).contiguous()
+    reverse = None if reverse_kernel is None else reverse_kernel.to(torch.float32)
 
     def dense(u: Tensor, state: Tensor | None) -> Tensor:
         # Taps longer than the span meet zeros only.
