@@ -46,6 +46,7 @@ THIRD_PARTY = {
     "safetensors": {"hf", "lm", "lra"},
     "accelerate": {"hf", "lm", "lra"},
     "datasets": {"lm", "lra"},
+    "pyarrow": {"lm", "lra"},
     "matplotlib": {"lm", "lra"},
     "typer": {"lm", "lra"},
     "rich": {"dispatch", "bench", "lm", "lra"},
