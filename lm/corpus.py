@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,13 @@ def stdlib_corpus(*, seed: int = 0, train_bytes: int = 4_000_000, held_out_bytes
         CorpusError: this Python comes without its sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+    left_out = {
+        "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
+    }  # fmt: skip
     documents: list[Document] = []
     skipped: list[tuple[str, str]] = []
-    for file in _files(root, [".py"]):
-        name = file.relative_to(root)
-        if not left_out & set(name.parts):
-            _take_file(file, name.as_posix(), documents, skipped)
+    for file in _files(root, [".py"], left_out):
+        _take_file(file, file.relative_to(root).as_posix(), documents, skipped)
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
     room = {"test": held_out_bytes, "validation": held_out_bytes, "train": train_bytes}
     for document in _shuffled(_distinct(documents, skipped), seed):
@@ -179,12 +180,13 @@ def why_not_text(data: bytes) -> str | None:
     return None
 
 
-def _files(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        wanted = not suffixes or path.name.endswith(tuple(suffixes))
-        if wanted and path.is_file() and not any(p.startswith(".") or p == "__pycache__" for p in parts):
-            yield path
+def _files(root: Path, suffixes: Sequence[str], left_out: Set[str] = frozenset()) -> Iterator[Path]:
+    """The files below `root` in a fixed order, without hidden ones and without folders of the names `left_out`."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in {"__pycache__"} | left_out)
+        for name in sorted(names):
+            if not name.startswith(".") and (not suffixes or name.endswith(tuple(suffixes))):
+                yield Path(folder, name)
 
 
 def _take_file(path: Path, name: str, into: list[Document], skipped: list[tuple[str, str]]) -> None:
