@@ -156,12 +156,8 @@ def plot_loss(metrics: Path, png: Path) -> None:
     train = [(row["tokens"], row["bits_per_byte"]) for row in rows if "loss" in row]
     if not train:
         return
-    per_step = {row["step"]: row["tokens"] for row in rows if "loss" in row}
-    held_out = [
-        (per_step[row["step"]], row["eval_bits_per_byte"])
-        for row in rows
-        if "eval_bits_per_byte" in row and row["step"] in per_step
-    ]
+    per_step = next(row["tokens"] / row["step"] for row in rows if "loss" in row)
+    held_out = [(row["step"] * per_step, row["eval_bits_per_byte"]) for row in rows if "eval_bits_per_byte" in row]
     tokens, values = zip(*train)
     reach = len(values) // 50
     smooth = [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
