@@ -218,6 +218,18 @@ def test_rows_of_a_projection_are_read_in_place() -> None:
 
 
 @needs_native
+def test_memory_kept_for_backward() -> None:
+    """One state per 32 steps that go on, none for documents that fit 32 steps, none without gradients."""
+    g = _inputs(1, 100, 20, 5)
+    given = [g[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    scan = torch.ops.seqlib.selective_scan
+    short = SequenceInfo.packed([32, 8, 30, 30]).spans
+    assert scan(*given, None, None, True, True)[2].shape == (3, 5, 20)
+    assert scan(*given, None, short, True, True)[2].shape == (0, 5, 20)
+    assert scan(*given, None, None, True, False)[2].numel() == 0
+
+
+@needs_native
 def test_gradients_do_not_depend_on_threads() -> None:
     inputs = _inputs(1, 130, 200, 17)
     leaves = [t.requires_grad_() for t in inputs.values() if isinstance(t, Tensor)]

@@ -44,7 +44,7 @@ void step(const ScanStepArgs& a, int64_t begin, int64_t end) {
       for (; s + W <= n; s += W) states(s, W);
       if (s < n) states(s, static_cast<int>(n - s));
     }
-    vf y = sums(dots);
+    vf y = lane_sums(dots);
     if (a.D) y += get(a.D + channel, lanes) * x;
     if (a.z.data) y *= silu(at(a.z));
     put(static_cast<E*>(a.y) + i, y, lanes);

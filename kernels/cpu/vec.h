@@ -104,19 +104,28 @@ inline vf add_runs(vf a, vf b, std::index_sequence<I...>) {
 
 // Lane i is the sum over the lanes of v[i].
 template <int H = 1>
-inline vf sums(const vf (&v)[W / H]) {
+inline vf lane_sums(const vf (&v)[W / H]) {
   if constexpr (H == W) {
     return v[0];
   } else {
     vf next[W / (2 * H)];
     for (int i = 0; i < W / (2 * H); ++i)
       next[i] = add_runs<H>(v[2 * i], v[2 * i + 1], std::make_index_sequence<W>());
-    return sums<2 * H>(next);
+    return lane_sums<2 * H>(next);
   }
 }
 
+// One instruction where there is one; compilers make a comparison and a blend of the conditional.
+#if defined(__AVX512F__)
+inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+#elif defined(__AVX2__)
+inline vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+#else
 inline vf min(vf a, vf b) { return a < b ? a : b; }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+#endif
 
 // 2^t, 2 ulp. Minimax polynomial of degree 5 on [-1/2, 1/2].
 inline vf exp2(vf t) {

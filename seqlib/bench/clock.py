@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import platform
@@ -19,7 +20,7 @@ import torch
 from seqlib import native
 from seqlib.errors import NativeUnavailable
 
-__all__ = ["DTYPES", "ROTATED_BYTES", "Timing", "interleaved", "limits", "machine", "use_threads"]
+__all__ = ["DTYPES", "ROTATED_BYTES", "Timing", "interleaved", "keep_freed_memory", "limits", "machine", "use_threads"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROTATED_BYTES = 80e6  # inputs in turn exceed this, so that caches do not flatter anyone
@@ -76,6 +77,17 @@ def use_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep freed memory, so that large results cost no page faults; for all contenders alike.
+
+    Returns False where it cannot (a C library other than glibc): times then include the faults, often more than the op.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mmap_threshold, trim_threshold, top_pad = -3, -1, -2
+    wanted = {mmap_threshold: 2**30, trim_threshold: 2**31 - 1, top_pad: 2**28}
+    return mallopt is not None and all([mallopt(name, value) for name, value in wanted.items()])
 
 
 def machine() -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def rows_of(op: Op, inputs: dict[str, Any]) -> tuple[dict[str, Peer], dict[str, 
         name = f"{impl.name}/{impl.form}"
         try:
             resolve(op, op.facts(**inputs), impl.form, impl.name)
-            can[name] = Peer(dict, partial(function, form=impl.form, backend=impl.name))
+            can[name] = Peer(dict, functools.partial(function, form=impl.form, backend=impl.name))
         except BackendUnavailable as error:
             lines = (line.strip() for line in str(error).splitlines())
             cannot[name] = next(line for line in lines if line.startswith(f"{name}: ")).removeprefix(f"{name}: ")
@@ -89,9 +89,13 @@ def forward(peer: Peer, arguments: dict[str, Any]) -> list[Tensor]:
 
 def gradients(peer: Peer, arguments: dict[str, Any], leaves: list[Tensor]) -> tuple[Tensor, ...]:
     y = outputs(peer.run(**arguments))[0]
-    # Ones would be a broadcast scalar, which real gradients are not.
-    weights = torch.linspace(-1, 1, y.shape[-1], dtype=y.dtype).expand_as(y).contiguous()
-    return torch.autograd.grad(y, leaves, weights, allow_unused=True)
+    return torch.autograd.grad(y, leaves, _incoming(y.shape, y.stride(), y.dtype), allow_unused=True)
+
+
+@functools.lru_cache(8)
+def _incoming(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A gradient of y in the layout of y: no one pays for it, nor for another's layout."""
+    return torch.empty_strided(shape, stride, dtype=dtype).copy_(torch.linspace(-1, 1, shape[-1], dtype=dtype))
 
 
 def _error(got: Sequence[Tensor | None], want: Sequence[Tensor | None], dtype: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from seqlib.bench import Peer, bench_op, limits, machine
-from seqlib.bench.clock import DTYPES
+from seqlib.bench.clock import DTYPES, keep_freed_memory
 from seqlib.dispatch import op_names
 
 __all__ = ["main", "run", "show"]
@@ -30,7 +30,13 @@ def run(
 ) -> dict[str, Any]:
     """The report on several ops: machine, limits, options and one record per case. Shows each table as it comes."""
     count = threads or torch.get_num_threads()
-    options = {"dtype": dtype, "threads": count, "repeats": repeats, "budget_s": budget}
+    options = {
+        "keeps_freed_memory": keep_freed_memory(),
+        "dtype": dtype,
+        "threads": count,
+        "repeats": repeats,
+        "budget_s": budget,
+    }
     report: dict[str, Any] = {"machine": machine(), "options": options, "limits": limits(count), "results": []}
     for name in ops:
         more = (peers or {}).get(name, {})

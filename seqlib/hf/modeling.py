@@ -24,6 +24,7 @@ from seqlib.hf.inputs import padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
 from seqlib.hf.tokenizer import ByteTokenizer
 from seqlib.layers.init import normal_
+from seqlib.layers.linear import Linear
 from seqlib.layers.mlp import MLP
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
@@ -171,7 +172,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
     def __init__(self, config: SeqlibConfig) -> None:
         super().__init__(config)
         self.model = SeqlibModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         normal_(self.lm_head.weight, config.initializer_range)
         self.post_init()
 
@@ -210,7 +211,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
-        plain = type(self.lm_head) is nn.Linear  # PEFT may have put something else in its place
+        plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
         if labels is not None and not return_logits and plain:
             loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items)
         elif return_logits or labels is not None:

@@ -14,11 +14,29 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "delta_rule", "step"]
 
 _HERE = "seqlib.ops.delta_rule"
+_NATIVE_STATE = 256
+
+
+def _narrow(facts: Facts) -> str | None:
+    d_state = facts.size("d_state")
+    return None if d_state <= _NATIVE_STATE else f"d_state is {d_state}; it takes up to {_NATIVE_STATE}"
+
+
+_NATIVE: dict[str, Any] = {
+    "devices": ("cpu",),
+    "dtypes": (torch.float32, torch.bfloat16),
+    "needs": ("native",),
+    "limits": _narrow,
+}
 IMPLS = (
+    Impl("native", "chunked", f"{_HERE}.native_impl:chunked", refuses=frozenset({"chunk_size"}), **_NATIVE),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
     Impl("reference", "reference", f"{_HERE}.reference:delta_rule"),
 )
-STEP_IMPLS = (Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),)
+STEP_IMPLS = (
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),
+)
 
 
 def facts(

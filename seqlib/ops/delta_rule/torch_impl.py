@@ -23,8 +23,8 @@ from seqlib.sequence import SequenceInfo
 
 __all__ = ["chunked", "step"]
 
-CHUNK = 64
-SUB = 16  # positions between which decays per channel are taken pair by pair, and the largest direct solve
+CHUNK = 32
+SUB = 8  # positions between which decays per channel are taken pair by pair, and the largest direct solve
 BLOCK = 2**19  # elements of k that are worked on at once: bounds memory beyond inputs and outputs
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
+from seqlib.ops.linear_scan.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["IMPLS", "OP", "combine", "linear_scan", "summarize"]
@@ -98,24 +99,3 @@ def linear_scan(
         seq.check(batch, seqlen)
     run = OP.choose(facts(a, b, initial_state=initial_state), form, backend)
     return run(a, b, initial_state=initial_state, reverse=reverse, seq=seq)
-
-
-def summarize(
-    a: Tensor, b: Tensor, *, reverse: bool = False, seq: SequenceInfo | None = None, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """What a span does to the state that enters it: h_out = decay * h_in + state, both (batch, ...).
-
-    Args:
-        a, b, reverse, seq: as in `linear_scan`.
-
-    Source: Blelloch 1990, section 1.4.
-    """
-    one = torch.ones_like(b[:, 0])
-    _, decay = linear_scan(a, torch.zeros_like(b), initial_state=one, reverse=reverse, seq=seq, backend=backend)
-    _, state = linear_scan(a, b, reverse=reverse, seq=seq, backend=backend)
-    return decay, state
-
-
-def combine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The summary of two spans in a row (in the order of the scan); associative, with identity (1, 0)."""
-    return first[0] * second[0], first[1] * second[0] + second[1]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
+from seqlib.ops.selective_scan.summary import combine, state_dtype, summarize
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "selective_scan", "step", "summarize"]
@@ -157,52 +157,6 @@ def step(
     with torch.no_grad():
         run = STEP.choose(facts(x, dt, A, B, C), "recurrent", backend)
         return run(x, dt, A, B, C, state, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
-
-
-def summarize(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    *,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    seq: SequenceInfo | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """What a span does to the state that enters it: h_out = decay * h_in + state, both (batch, d_inner, d_state).
-
-    Args:
-        x, dt, A, B, dt_bias, dt_softplus, seq: as in `selective_scan`.
-
-    Source: Gu and Dao 2023 (Mamba), section 3.3.2.
-    """
-    options: dict[str, Any] = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "seq": seq, "backend": backend}
-    _, state = selective_scan(x, dt, A, B, B, **options)
-    wide = state_dtype(x, A)
-    delta = dt.to(wide.to_real())
-    delta = delta if dt_bias is None else delta + dt_bias
-    delta = F.softplus(delta) if dt_softplus else delta
-    real = None if seq is None else seq.padding_mask
-    if real is not None:
-        delta = delta.masked_fill(~real.unsqueeze(-1), 0.0)
-    decay = torch.exp(delta.sum(1).unsqueeze(-1) * A.to(wide))
-    if seq is not None and seq.starts is not None:
-        forgotten = (seq.starts if real is None else seq.starts & real).any(1)
-        decay = decay.masked_fill(forgotten.view(-1, 1, 1), 0.0)
-    return decay, state
-
-
-def combine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The summary of two spans in a row; associative, with identity (1, 0)."""
-    return first[0] * second[0], first[1] * second[0] + second[1]
-
-
-def state_dtype(x: Tensor, A: Tensor) -> torch.dtype:
-    """The dtype of the computation and of states for these inputs."""
-    return torch.promote_types(
-        torch.float64 if x.dtype == torch.float64 else torch.float32, torch.cfloat if A.is_complex() else torch.float32
-    )
 
 
 def _check(
