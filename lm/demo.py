@@ -87,7 +87,7 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
             console.print(f"stopped at step {limit.stopped_at} of {recipe.steps}: this machine became slower")
 
     with section("Loading again with AutoModelForCausalLM.from_pretrained"):
-        loaded = AutoModelForCausalLM.from_pretrained(run.model)
+        loaded = AutoModelForCausalLM.from_pretrained(run.model).eval()
         tokenizer = AutoTokenizer.from_pretrained(run.model)
         nparameters = sum(p.numel() for p in loaded.parameters())
         console.print(f"{type(loaded).__name__} from {run.model}: {nparameters:,} parameters, {recipe.layer_pattern!r}")
@@ -143,7 +143,7 @@ def _fitted(recipe: Recipe, data: DataSpec, corpus: Corpus, minutes: float, cons
     per_step = (elapsed[-1] - elapsed[1]) / (len(elapsed) - 2)  # the first steps also load kernels
     steps = max(recipe.log_every, min(recipe.steps, int(minutes * 60 / per_step)))
     console.print(f"{per_step:.2f} s per step of {recipe.batch_size * recipe.seqlen:,} bytes: {steps:,} steps")
-    return dataclasses.replace(recipe, steps=steps)
+    return dataclasses.replace(recipe, steps=steps, warmup_steps=min(recipe.warmup_steps, steps // 10))
 
 
 def _gzip(documents: Sequence[bytes]) -> float:
