@@ -57,7 +57,7 @@ def _fake(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = (v.shape[2], k.shape[3], v.shape[3])
-    count = 0
+    count: int | torch.SymInt = 0
     if keep and spans is None:
         every = min(max(32768 // (state[1] * state[2]), 1), 8)  # as in linear_attention.cpp
         count = v.shape[0] * -(-v.shape[1] // (64 * every))
