@@ -15,12 +15,23 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "linear_attention", "step", "summarize"]
 
 _HERE = "seqlib.ops.linear_attention"
+_NATIVE: dict[str, Any] = {"devices": ("cpu",), "dtypes": (torch.float32, torch.bfloat16), "needs": ("native",)}
 IMPLS = (
+    Impl(
+        "native",
+        "chunked",
+        f"{_HERE}.native_impl:linear_attention",
+        refuses=frozenset({"chunk_size", "decay per channel"}),
+        **_NATIVE,
+    ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:parallel", by_name_only=True),
     Impl("reference", "reference", f"{_HERE}.reference:linear_attention"),
 )
-STEP_IMPLS = (Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),)
+STEP_IMPLS = (
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),
+)
 
 
 def facts(
