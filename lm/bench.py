@@ -3,53 +3,33 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seqlib.bench import Peer, Timing, interleaved
 from seqlib.errors import SeqlibError
 
-__all__ = ["Timing", "bench_mamba", "interleaved"]
+__all__ = ["OP_PEERS", "bench_mamba"]
 
 
-@dataclass
-class Timing:
-    """Seconds of repeated runs: wall clock and processor time of all threads."""
-
-    wall: list[float]
-    cpu: list[float]
-
-    def as_dict(self) -> dict[str, float]:
-        return {
-            "wall_s": statistics.median(self.wall),
-            "wall_min_s": min(self.wall),
-            "cpu_s": statistics.median(self.cpu),
-            "repeats": len(self.wall),
-        }
+def _scan_channels_first(t: dict[str, Any]) -> dict[str, Any]:
+    timed = {"hidden_states": "x", "dt": "dt", "B": "B", "C": "C", "z": "z"}
+    made = {name: t[ours].transpose(1, 2).contiguous() for name, ours in timed.items()}
+    return made | {"A": t["A"], "D": t["D"], "delta_bias": t["dt_bias"], "delta_softplus": t["dt_softplus"]}
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, budget: float) -> dict[str, Timing]:
-    """Time several functions in turns, so that a disturbance of the machine meets them all.
+def _scan(**arguments: Any) -> Tensor:
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-    A function stops taking part once it has used `budget` seconds, after at least one timed run.
-    """
-    timings = {name: Timing([], []) for name in runs}
-    for run in runs.values():
-        run()  # warm-up: caches, thread pools, compiled kernels
-    for _ in range(repeats):
-        for name, run in runs.items():
-            if timings[name].wall and sum(timings[name].wall) > budget:
-                continue
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            timings[name].wall.append(time.perf_counter() - wall)
-            timings[name].cpu.append(time.process_time() - cpu)
-    return timings
+    return mamba_selective_scan(**arguments).transpose(1, 2)
+
+
+# For `seqlib.bench.report`, which may not import transformers itself.
+OP_PEERS = {"selective_scan": {"transformers": Peer(_scan_channels_first, _scan)}}
 
 
 def _pair(n_layer: int) -> tuple[nn.Module, nn.Module]:

@@ -35,7 +35,9 @@ Column = Annotated[str | None, typer.Option(help="Text column of data sets.")]
 def train(
     sources: Sources = None,
     recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "demo",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder to create.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to continue; nothing else is given then.")] = None,
     suffix: Suffix = None,
@@ -45,7 +47,7 @@ def train(
     from . import train as training
     from .recipes import RECIPES, override
 
-    console = Console()
+    console = _console()
     if resume is not None:
         if sources or settings or output or suffix or column:
             raise ConfigError("--resume takes text and recipe from the run folder; leave out everything else")
@@ -56,7 +58,7 @@ def train(
         if output is None:
             raise ConfigError("say where the run goes with --output FOLDER")
         chosen = override(RECIPES[recipe](), settings or [])
-        data = training.DataSpec(tuple(sources or ()), tuple(suffix or ()), column)
+        data = training.DataSpec.of(sources or (), suffix or (), column)
         corpus = data.read(chosen)
         tell_corpus(console, corpus)
         run = training.train(chosen, data, output, console=console, corpus=corpus)
@@ -67,7 +69,9 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub name.")],
     sources: Sources = None,
-    split: Annotated[str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")
+    ] = None,
     chunk: Annotated[int, typer.Option(help="Tokens per forward; bounds memory and changes nothing else.")] = 2048,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after the document that reaches it.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
@@ -86,11 +90,13 @@ def evaluate(
         documents = list(read_corpus(sources, seed=seed, suffixes=suffix or (), column=column).split(split))
     elif sources:
         documents = read_documents(sources, suffixes=suffix or (), column=column)
+    elif not (Path(model) / "recipe.json").is_file():
+        raise ConfigError(f"{model} is no run folder that knows its test text; say which text to evaluate on")
     else:
         documents = list(open_run(Path(model)).corpus().split(split or "test"))
     loaded, tokenizer = load_model(model)
     found = score(loaded, tokenize(documents, tokenizer), chunk=chunk, max_bytes=max_bytes)
-    Console().print(evaluation_table(found))
+    _console().print(evaluation_table(found))
     if output is not None:
         output.write_text(json.dumps({"model": model, "chunk": chunk} | found.to_dict(), indent=2) + "\n")
 
@@ -122,12 +128,19 @@ def generate(
 def demo(
     output: Annotated[Path, typer.Option(help="Run folder; an earlier demo in it is replaced.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="Training time that the number of steps is fitted to.")] = 4.0,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
+    ] = None,
 ) -> None:
     """Train on Python's own sources, compare with an n-gram model, save, load, generate."""
     from .demo import run_demo
 
-    run_demo(output, minutes=minutes, settings=settings or [], console=Console())
+    run_demo(output, minutes=minutes, settings=settings or [], console=_console())
+
+
+def _console() -> Console:
+    """No markup, because names of files are printed; no wrapping, because lines may be read by programs."""
+    return Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def tell_corpus(console: Console, corpus: Corpus) -> None:
@@ -156,6 +169,7 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         app()
     except (SeqlibError, OSError) as error:

@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from seqlib.errors import ConfigError
 
@@ -26,7 +27,7 @@ from .generate import generate
 from .ngram import NGram
 from .progress import read_metrics, write_aside
 from .recipes import Recipe, demo, override
-from .train import DataSpec, Run, train
+from .train import DataSpec, train
 
 __all__ = ["run_demo"]
 
@@ -51,7 +52,7 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
 
     @contextmanager
     def section(title: str) -> Iterator[None]:
-        console.print(f"\n[bold]{title}[/bold]")
+        console.print(f"\n{title}", style="bold")
         begun = time.perf_counter()
         yield
         seconds[title] = time.perf_counter() - begun
@@ -60,7 +61,9 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
     data = DataSpec()
     with section("Text: the standard library of this Python"):
         corpus = data.read(recipe)
-        texts = {split: [document.read() for document in corpus.split(split)] for split in ("train", "validation", "test")}
+        texts = {
+            split: [document.read() for document in corpus.split(split)] for split in ("train", "validation", "test")
+        }
         for split, documents in texts.items():
             console.print(f"{split:<11}{len(documents):>5} files {sum(map(len, documents)):>11,} bytes")
 
@@ -78,7 +81,10 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
     with section("Training"):
         if output.exists():
             shutil.rmtree(output)
-        run = train(recipe, data, output, console=console, corpus=corpus)
+        limit = _TimeLimit(1.25 * 60 * minutes)
+        run = train(recipe, data, output, console=console, corpus=corpus, callbacks=[limit])
+        if limit.stopped_at:
+            console.print(f"stopped at step {limit.stopped_at} of {recipe.steps}: this machine became slower")
 
     with section("Loading again with AutoModelForCausalLM.from_pretrained"):
         loaded = AutoModelForCausalLM.from_pretrained(run.model)
@@ -88,22 +94,44 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
 
     with section("Evaluation of the loaded model on the test files"):
         found = evaluate(loaded, tokenize(corpus.test, tokenizer))
-        rows.append((f"this model, {recipe.steps:,} steps", found.bits_per_byte))
+        rows.append((f"this model, {limit.stopped_at or recipe.steps:,} steps", found.bits_per_byte))
         for bucket in found.buckets:
-            console.print(f"bytes {bucket.begin:>7,} to {bucket.end - 1:>7,}: {bucket.bits_per_token:.3f} bits per byte")
+            console.print(
+                f"bytes {bucket.begin:>7,} to {bucket.end - 1:>7,}: {bucket.bits_per_token:.3f} bits per byte"
+            )
 
     with section("Generation"):
-        made = generate(loaded, tokenizer, b"def ", max_new_tokens=300, temperature=0.6, seed=recipe.seed, out=sys.stdout)
-        console.print(f"[dim]{made.new_tokens} bytes, {made.tokens_per_s:.0f} per second[/dim]")
+        made = generate(
+            loaded, tokenizer, b"def ", max_new_tokens=300, temperature=0.6, seed=recipe.seed, out=sys.stdout
+        )
+        console.print(f"{made.new_tokens} bytes, {made.tokens_per_s:.0f} per second")
 
     table = Table("on the test files", "bits per byte", title="Result")
     for name, bits in rows:
         table.add_row(name, f"{bits:.3f}")
     console.print("", table)
-    console.print("seconds: " + ", ".join(f"{title.split(':')[0].split(' with')[0]} {s:.0f}" for title, s in seconds.items()))
+    console.print(
+        "seconds: " + ", ".join(f"{title.split(':')[0].split(' with')[0]} {s:.0f}" for title, s in seconds.items())
+    )
     console.print(f"total {sum(seconds.values()):.0f} s; model, metrics and plot are in {output}")
     result = {"bits_per_byte": dict(rows), "seconds": seconds, "parameters": nparameters, "test": found.to_dict()}
     write_aside(output / "demo.json", json.dumps(result, indent=2) + "\n")
+
+
+class _TimeLimit(TrainerCallback):
+    """Ends a run that takes longer than its trial promised."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.stopped_at = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.end = time.perf_counter() + self.seconds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if time.perf_counter() > self.end and state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_training_stop = True
 
 
 def _fitted(recipe: Recipe, data: DataSpec, corpus: Corpus, minutes: float, console: Console) -> Recipe:

@@ -137,7 +137,9 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         if name not in types or name == "name":
             near = difflib.get_close_matches(name, types, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"a recipe has no field {name!r}; {hint}known: {', '.join(n for n in types if n != 'name')}")
+            raise ConfigError(
+                f"a recipe has no field {name!r}; {hint}known: {', '.join(n for n in types if n != 'name')}"
+            )
         value = _parse(text.strip())
         if path:
             value = _replaced(key, changes.get(name, getattr(recipe, name)), path, value)
@@ -155,21 +157,23 @@ def _parse(text: str) -> Any:
 def _replaced(key: str, tree: Any, path: list[str], value: Any) -> dict[str, Any]:
     """A copy of nested dicts with the value at `path` replaced."""
     if tree is not None and not isinstance(tree, Mapping):
-        raise ConfigError(f"--set {key}: {key.split('.')[0]} has no parts to set")
+        raise ConfigError(f"--set {key}: {tree!r} has no parts to set")
+    first, *rest = path
     copy = dict(tree or {})
-    copy[path[0]] = value if len(path) == 1 else _replaced(key, copy.get(path[0]), path[1:], value)
+    copy[first] = _replaced(key, copy.get(first), rest, value) if rest else value
     return copy
 
 
 def _fitted(key: str, kind: Any, value: Any, text: str) -> Any:
+    """The value as the field's type, if it is one."""
     if kind is float and type(value) is int:
         return float(value)
     if kind is str and type(value) in (int, float):
         return text
-    fits = isinstance(value, Mapping) or (value is None and key == "mlp") if kind not in (int, float, bool, str) else (
-        type(value) is kind
-    )  # fmt: skip
+    if kind in (int, float, bool, str):
+        fits, wanted = type(value) is kind, kind.__name__
+    else:
+        fits, wanted = isinstance(value, Mapping) or (value is None and key == "mlp"), "a JSON object"
     if not fits:
-        wanted = getattr(kind, "__name__", "a JSON object")
-        raise ConfigError(f"--set {key}: {text!r} is not {wanted if kind in (int, float, bool, str) else 'a JSON object'}")
+        raise ConfigError(f"--set {key}: {text!r} is not {wanted}")
     return value

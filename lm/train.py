@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,12 @@ class DataSpec:
             self.sources, seed=recipe.seed, held_out=recipe.held_out, suffixes=self.suffixes, column=self.column
         )
 
+    @classmethod
+    def of(cls, sources: Sequence[str], suffixes: Sequence[str] = (), column: str | None = None) -> DataSpec:
+        """Paths are made absolute, so that a run can be continued from anywhere."""
+        found = (str(Path(source).absolute()) if Path(source).exists() else source for source in sources)
+        return cls(tuple(found), tuple(suffixes), column)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -73,7 +79,9 @@ class Run:
         """The corpus of this run; an error if the text is no longer the same."""
         corpus = self.data.read(self.recipe)
         if corpus.digest != self.digest:
-            raise CorpusError(f"the text of {self.folder} has changed since the run began; restore it or start a new run")
+            raise CorpusError(
+                f"the text of {self.folder} has changed since the run began; restore it or start a new run"
+            )
         return corpus
 
     def write(self) -> None:
@@ -112,8 +120,20 @@ def open_run(folder: Path) -> Run:
         raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error
 
 
-def train(recipe: Recipe, data: DataSpec, folder: Path, *, console: Console, corpus: Corpus | None = None) -> Run:
+def train(
+    recipe: Recipe,
+    data: DataSpec,
+    folder: Path,
+    *,
+    console: Console,
+    corpus: Corpus | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Run:
     """Train from the beginning into a new run folder.
+
+    Args:
+        corpus: what `data` reads, where the caller has read it already.
+        callbacks: of transformers, beside those that report.
 
     Raises:
         ConfigError: the folder holds a run already, or the recipe describes no model.
@@ -126,7 +146,7 @@ def train(recipe: Recipe, data: DataSpec, folder: Path, *, console: Console, cor
     parts = _prepare(run, corpus)  # every wrong setting is found before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     run.write()
-    return _fit(run, parts, console, None)
+    return _fit(run, parts, console, None, callbacks)
 
 
 def resume(folder: Path, *, console: Console) -> Run:
@@ -161,10 +181,13 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
 class _Trainer(SeqlibTrainer):
     """Evaluates with the state carried through whole documents, and says what is left when a checkpoint fails."""
 
+    held_out: tuple[Tokens, int]
+    """Documents, and how many of their bytes are scored."""
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        tokens, max_bytes = self.eval_dataset
+        tokens, max_bytes = self.held_out
         found = evaluate(self.model, tokens, max_bytes=max_bytes)
         metrics = {
             f"{metric_key_prefix}_bits_per_byte": found.bits_per_byte,
@@ -178,11 +201,12 @@ class _Trainer(SeqlibTrainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            last = get_last_checkpoint(self.args.output_dir)
+            folder = Path(self.args.output_dir or ".")
+            last = get_last_checkpoint(str(folder))
             raise SeqlibError(
                 f"the checkpoint of step {self.state.global_step} could not be written ({error}). "
                 + (f"{last} is whole" if last else "there is none before it")
-                + f": make room and continue with --resume {Path(self.args.output_dir).parent}"
+                + f": make room and continue with --resume {folder.parent}"
             ) from error
 
 
@@ -244,7 +268,9 @@ def _arguments(run: Run) -> TrainingArguments:
     )
 
 
-def _fit(run: Run, parts: _Parts, console: Console, checkpoint: str | None) -> Run:
+def _fit(
+    run: Run, parts: _Parts, console: Console, checkpoint: str | None, callbacks: Sequence[TrainerCallback] = ()
+) -> Run:
     recipe = run.recipe
     arguments = _arguments(run)
     tokens_per_step = recipe.batch_size * recipe.accumulation * recipe.seqlen * arguments.world_size
@@ -254,9 +280,10 @@ def _fit(run: Run, parts: _Parts, console: Console, checkpoint: str | None) -> R
         model=parts.model,
         args=arguments,
         train_dataset=parts.rows,
-        eval_dataset=(parts.validation, recipe.eval_bytes),
-        callbacks=[metrics, progress, _RecordBackends(run)],
+        eval_dataset=[],  # transformers wants one; what is evaluated is held_out
+        callbacks=[metrics, progress, _RecordBackends(run), *callbacks],
     )
+    trainer.held_out = parts.validation, recipe.eval_bytes
     trainer.remove_callback(PrinterCallback)
     scope = contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
     try:
@@ -265,9 +292,8 @@ def _fit(run: Run, parts: _Parts, console: Console, checkpoint: str | None) -> R
     finally:
         progress.close()
     plot_loss(run.metrics, run.folder / "loss.png")
-    with tempfile.TemporaryDirectory(dir=run.folder, prefix=".model-") as aside:
-        trainer.save_model(aside)
-        parts.tokenizer.save_pretrained(aside)
-        os.rename(aside, run.model)
-        os.mkdir(aside)  # for the context to remove
+    aside = run.folder / ".model-being-written"
+    parts.model.save_pretrained(aside)
+    parts.tokenizer.save_pretrained(aside)
+    os.replace(aside, run.model)
     return run

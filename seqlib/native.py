@@ -29,7 +29,7 @@ import torch
 
 from seqlib.errors import NativeUnavailable
 
-__all__ = ["build", "load", "sources", "why_unavailable"]
+__all__ = ["build", "compiler_version", "load", "sources", "why_unavailable"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _ABI = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10, the oldest we support
@@ -125,6 +125,11 @@ def _compiler() -> str:
 @functools.cache
 def _compiler_version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def compiler_version() -> str:
+    """One line that names the compiler in use."""
+    return _compiler_version(_compiler()).splitlines()[0]
 
 
 def _manifest() -> dict:

@@ -50,6 +50,9 @@ class SequenceInfo:
                 )
         if len(set(shapes.values())) > 1:
             raise UnsupportedInput(f"starts and padding_mask must have one shape, got {shapes}")
+        if self.starts is not None and self.padding_mask is not None:
+            # A padded position is not there, so nothing starts at it.
+            object.__setattr__(self, "starts", self.starts & self.padding_mask)
 
     @classmethod
     def packed(

@@ -95,6 +95,7 @@ class Mamba(Mixer[MambaConfig]):
             self.dt_norm = nn.Parameter(torch.empty(self.dt_rank))
             self.B_norm = nn.Parameter(torch.empty(n))
             self.C_norm = nn.Parameter(torch.empty(n))
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -136,12 +137,19 @@ class Mamba(Mixer[MambaConfig]):
         x = self.conv1d.step(x, state.conv)
         dt, B, C = self._dt_B_C(x)
         y = scan_step(
-            x, dt, self._A(), B, C, state.ssm, D=wide(self.D), z=z, dt_bias=wide(self.dt_bias), dt_softplus=True
+            x, dt, self._A_kept(), B, C, state.ssm, D=wide(self.D), z=z, dt_bias=wide(self.dt_bias), dt_softplus=True
         )
         return self.out_proj(y), state
 
     def _A(self) -> Tensor:
         return -torch.exp(wide(self.A_log))
+
+    def _A_kept(self) -> Tensor:
+        """`_A` without gradient, computed again only when A_log has changed."""
+        key = (self.A_log.data_ptr(), self.A_log._version)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._A().detach())
+        return self._kept[1]
 
     def _dt_B_C(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config

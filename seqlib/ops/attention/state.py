@@ -19,7 +19,7 @@ class KVState(State):
 
     The token at position p of its document lies in slot p, or in slot p % window of a ring when attention is windowed.
     Padding takes no slot and a new document starts again at position 0, so `length` alone says which position every
-    slot holds.
+    slot holds. Free slots hold zeros.
 
     Args:
         k: (batch, capacity, nheads_kv, headdim), in the dtype of the inputs.

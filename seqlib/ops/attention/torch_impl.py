@@ -19,7 +19,7 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["attention_chunked", "attention_parallel"]
 
 # Entries of a mask that may exist at one time, and the narrowest block of queries it may force.
-_MASK, _BLOCK = 1 << 21, 64
+_MASK, _BLOCK = 1 << 19, 64
 
 
 class _Rule(NamedTuple):
@@ -135,21 +135,27 @@ def _parallel(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
-    """Causal windows in blocks at least as wide as the window: a block sees itself and the block before it."""
+    """Causal windows block by block, all at once: a block of queries sees itself and the blocks its window reaches."""
     assert rule.window is not None and rule.causal
     seqlen, past = q.shape[1], k.shape[1] - q.shape[1]
-    block = max(rule.window, _BLOCK)
-    head = _parallel(q[:, :block], k[:, : past + block], v[:, : past + block], rule)
-    if seqlen <= block:
+    # Narrower blocks see fewer keys in vain, but gradients hold a copy of the keys of each; a quarter of the window
+    # does little of either.
+    block = max(_BLOCK, rule.window // 4)
+    reach = -(-(rule.window - 1) // block)
+    first = max(1, reach) * block
+    head = _parallel(q[:, :first], k[:, : past + first], v[:, : past + first], rule)
+    if seqlen <= first:
         return head
-    # What came before the first query is out of reach from the second block on, so all further blocks share one mask.
-    q, k, v = q[:, block:], k[:, past:], v[:, past:]
-    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, -seqlen % block)).unflatten(1, (-1, block)) for t in (q, k, v))
-    k, v = (torch.cat([t[:, :-1], t[:, 1:]], 2).flatten(0, 1) for t in (k, v))
-    mask = _mask(_Rule(rule.window, True, rule.scale), range(block, 2 * block), range(2 * block), q.device)
-    rest = _sdpa(q.flatten(0, 1), k, v, scale=rule.scale, attn_mask=mask)
+    # What came before the first query is out of reach for all further blocks, so they share one mask.
+    q, k, v = q[:, first:], k[:, past + first - reach * block :], v[:, past + first - reach * block :]
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, -seqlen % block)) for t in (q, k, v))
+    # Overlapping views: each block's keys are read where they lie.
+    q = q.unflatten(1, (-1, block)).flatten(0, 1)
+    k, v = (t.unfold(1, (reach + 1) * block, block).movedim(-1, 2).flatten(0, 1) for t in (k, v))
+    mask = _mask(rule._replace(begin=None, end=None), range(block), range(-reach * block, block), q.device)
+    rest = _sdpa(q, k, v, scale=rule.scale, attn_mask=mask)
     rest = rest.unflatten(0, (head.shape[0], -1)).flatten(1, 2)
-    return torch.cat([head, rest[:, : seqlen - block]], 1)
+    return torch.cat([head, rest[:, : seqlen - first]], 1)
 
 
 def _mask(rule: _Rule, queries: range, keys: range, device: torch.device) -> Tensor:

@@ -1,0 +1,243 @@
+// The delta rule, backward: pieces from last to first. In a piece the states before each tile are computed again from the
+// saved one; then tiles go from last to first with G, the gradient of the state after the tile (d stands for gradient):
+//
+//     du_t = G^T out_t + sum_{s>=t} qk_st dy_s - sum_{s>t} kk_st de_s      de_t = dv_t = beta_t du_t
+//     dout_t = G u_t     d(E q)_t = S dy_t     d(E k)_t = -S de_t     dE_3 = rows of G * S
+//     dqk_ts = dy_t . u_s     dkk_ts = -de_t . u_s     G' = E_3 G + sum_t (E q)_t dy_t^T - (E k)_t de_t^T
+//
+// What multiplies decays is then taken apart per entry of d_state, where the gradient of a log decay is the sum of
+// everything that it scales.
+#include "delta_rule_tile.h"
+
+namespace seqlib::SEQLIB_ISA {
+namespace {
+
+constexpr int tiles = delta_piece / C;
+constexpr int dots = 3 * C + 1;  // dout, d(E k), d(E q), dE_3
+constexpr int scalars = 32;      // dkk above and dqk on and below the diagonal (16), dbeta (4), padded
+
+struct alignas(64) Gradients {
+  float dot[16][width];
+  vf scalar[scalars];
+};
+
+// One tile's corrections and gradients of columns, each (C, padded headdim).
+struct Columns {
+  float *e, *u, *de, *dy;
+  int64_t padded;
+};
+
+template <class T, Decay D>
+struct Backward {
+  const DeltaGradArgs& g;
+  const DeltaArgs& a = g.forward;
+  const int64_t blocks = (a.headdim + columns - 1) / columns, block_size = a.d_state * columns;
+  const int64_t size = blocks * block_size, padded = blocks * columns;
+  Scratch scratch{(tiles + 2) * size + (tiles + 3) * C * padded};
+  float* states = scratch.get();
+  float* G = states + (tiles + 1) * size;
+  float* errors_of = G + size;  // (tiles, C, padded)
+  float* rest = errors_of + tiles * C * padded;
+  Tile tile;
+  Gradients made;
+  Head at{};
+
+  template <class F>
+  void each_block(F&& f) {
+    for (int64_t i = 0; i < blocks; ++i) f(i * block_size, i * columns);
+  }
+
+  void head(int64_t task) {
+    at = {task / a.nheads, task % a.nheads};
+    const int64_t state_size = a.d_state * a.headdim;
+    if (g.dfinal)
+      each_block([&](int64_t i, int64_t c) {
+        gather(g.dfinal + task * state_size, G + i, a.d_state, a.headdim, c);
+      });
+    else
+      clear(G, size);
+    for (int64_t p = a.first_piece[at.b + 1]; p-- > a.first_piece[at.b];) {
+      const DeltaPiece& piece = a.pieces[p];
+      if (piece.fresh)
+        clear(states, size);
+      else
+        each_block([&](int64_t i, int64_t c) {
+          gather(a.saved + (p * a.nheads + at.h) * state_size, states + i, a.d_state, a.headdim, c);
+        });
+      const int64_t count = (piece.end - piece.begin + C - 1) / C;
+      for (int64_t i = 0; i < count; ++i) again(piece, i, i + 1 < count);
+      for (int64_t i = count; i-- > 0;) reverse(piece, i);
+      if (piece.fresh) clear(G, size);
+    }
+    if (g.dstate)
+      each_block([&](int64_t i, int64_t c) {
+        scatter(G + i, g.dstate + task * state_size, a.d_state, a.headdim, c);
+      });
+  }
+
+  // Forward over tile i: its errors, and the state before the next tile.
+  void again(const DeltaPiece& piece, int64_t i, bool more) {
+    const int64_t begin = piece.begin + i * C, count = piece.end - begin < C ? piece.end - begin : C;
+    prepare<T, D>(a, at, begin, count, tile);
+    each_block([&](int64_t block, int64_t c) {
+      const float* S = states + i * size + block;
+      vf found[C][NC], e[C][NC];
+      read<C>(S, tile.in, a.d_state, found);
+      errors<T>(a, at, begin, count, c, tile, found, e);
+      for (int t = 0; t < C; ++t)
+        for (int j = 0; j < NC; ++j) {
+          store(errors_of + (i * C + t) * padded + c + j * W, e[t][j]);
+          e[t][j] *= tile.beta[t];
+        }
+      if (more) write<D>(S, states + (i + 1) * size + block, tile, a.d_state, e);
+    });
+  }
+
+  void reverse(const DeltaPiece& piece, int64_t i) {
+    const int64_t begin = piece.begin + i * C, count = piece.end - begin < C ? piece.end - begin : C;
+    prepare<T, D>(a, at, begin, count, tile);
+    const Columns x{errors_of + i * C * padded, rest, rest + C * padded, rest + 2 * C * padded, padded};
+    for (vf& sum : made.scalar) sum = vf{};
+    each_block([&](int64_t block, int64_t c) { values(begin, count, G + block, c, x); });
+    for (int64_t n = 0; n < a.d_state; ++n) row(states + i * size, n, x);
+    keys(begin, count);
+  }
+
+  // Gradients of the values in columns from c on, and the sums over columns that the scores and beta need.
+  void values(int64_t begin, int64_t count, const float* block, int64_t c, const Columns& x) {
+    vf du[C][NC], u[C][NC], de[C][NC], dy[C][NC];
+    read<C>(block, tile.out, a.d_state, du);
+#pragma GCC unroll 4
+    for (int t = C - 1; t >= 0; --t) {
+      const bool real = t < count;
+      const T* given = real ? g.dy.at<T>(at.b, begin + t, at.h) + c : nullptr;
+      float* dv = real ? g.dv + (((at.b * a.seqlen) + begin + t) * a.nheads + at.h) * a.headdim + c : nullptr;
+      for (int j = 0; j < NC; ++j) {
+        const int64_t left = a.headdim - c - j * W;
+        dy[t][j] = real ? get(given + j * W, left) : vf{};
+        vf d = du[t][j];
+        for (int s = t; s < C; ++s) d += dy[s][j] * tile.qk[s][t];
+        for (int s = t + 1; s < C; ++s) d -= de[s][j] * tile.kk[s][t];
+        const vf e = load(x.e + t * padded + c + j * W);
+        made.scalar[C * C + t] += e * d;
+        de[t][j] = d * tile.beta[t];
+        u[t][j] = e * tile.beta[t];
+        if (real) put(dv + j * W, de[t][j], left);
+        store(x.u + t * padded + c + j * W, u[t][j]);
+        store(x.de + t * padded + c + j * W, de[t][j]);
+        store(x.dy + t * padded + c + j * W, dy[t][j]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < C; ++t)
+      for (int s = 0; s <= t; ++s)
+        for (int j = 0; j < NC; ++j) {
+          made.scalar[t * C + s] += dy[t][j] * u[s][j];
+          if (s < t) made.scalar[s * C + t] -= de[t][j] * u[s][j];
+        }
+  }
+
+  // Row n of the state: its sums over columns, and G one tile back.
+  void row(const float* S, int64_t n, const Columns& x) {
+    vf sum[16] = {};
+    for (int64_t c = 0; c < padded; c += W) {
+      const int64_t i = c / columns * block_size + n * columns + c % columns;
+      const vf s = load(S + i), grad = load(G + i);
+      vf next = D == Decay::none ? grad : grad * tile.whole[n];
+#pragma GCC unroll 4
+      for (int t = 0; t < C; ++t) {
+        const vf de = load(x.de + t * padded + c), dy = load(x.dy + t * padded + c);
+        sum[t] += grad * load(x.u + t * padded + c);
+        sum[C + t] -= s * de;
+        sum[2 * C + t] += s * dy;
+        next += dy * tile.in[C + t][n] - de * tile.in[t][n];
+      }
+      if constexpr (D != Decay::none) sum[3 * C] += grad * s;
+      store(G + i, next);
+    }
+    float total[16];
+    sums_of(sum, total);
+    for (int r = 0; r < dots; ++r) made.dot[r][n] = total[r];
+  }
+
+  // From gradients of what was prepared for the tile to those of q, k, beta and the log decays.
+  void keys(int64_t begin, int64_t count) {
+    float total[scalars], dkk[C][C], dqk[C][C];
+    sums_of(made.scalar, total);
+    for (int t = 0; t < C; ++t)
+      for (int s = 0; s <= t; ++s) {
+        dkk[t][s] = total[s * C + t];
+        dqk[t][s] = total[t * C + s] * a.scale;
+      }
+    const int64_t token = (at.b * a.seqlen + begin) * a.nheads + at.h;
+    for (int t = 0; t < count; ++t) g.dbeta[token + t * a.nheads] = total[C * C + t];
+
+    vf decay[C], dlog[C] = {};
+    for (int t = 0; t < C; ++t)
+      decay[t] = D == Decay::token && t < count ? decay_at<D>(a, at, begin + t, 0) : splat(1.0f);
+    for (int64_t n = 0; n < a.d_state; n += W) {
+      const int64_t left = a.d_state - n;
+      vf k[C], q[C], dk[C], dq[C], read_out[C], carried[C], in = splat(1.0f);
+#pragma GCC unroll 4
+      for (int t = 0; t < C; ++t) {
+        k[t] = t < count ? get(a.k.at<T>(at.b, begin + t, at.h) + n, left) : vf{};
+        q[t] = t < count ? get(a.q.at<T>(at.b, begin + t, at.h) + n, left) : vf{};
+        if (D == Decay::channel && t < count) decay[t] = decay_at<D>(a, at, begin + t, n);
+        in *= decay[t];
+        dk[t] = load(made.dot[C + t] + n) * in;
+        dq[t] = load(made.dot[2 * C + t] + n) * in * a.scale;
+        for (int s = 0; s < t; ++s) {
+          carried[s] *= decay[t];
+          dk[t] += carried[s] * dkk[t][s];
+          dq[t] += carried[s] * dqk[t][s];
+        }
+        carried[t] = k[t];
+        read_out[t] = k[t] * dk[t] + q[t] * dq[t];
+        dq[t] += k[t] * dqk[t][t];
+      }
+      vf sum = load(made.dot[3 * C] + n) * in;
+      if constexpr (D != Decay::none)
+        for (int s = 0; s < C; ++s) sum += carried[s] * load(made.dot[s] + n);
+#pragma GCC unroll 4
+      for (int t = C - 1; t >= 0; --t) {
+        vf written = load(made.dot[t] + n);
+        for (int r = C - 1; r > t; --r) written = (written + k[r] * dkk[r][t] + q[r] * dqk[r][t]) * decay[r];
+        sum += read_out[t] - k[t] * written;
+        dk[t] += written + q[t] * dqk[t][t];
+        if (t >= count) continue;
+        const int64_t to = (token + t * a.nheads) * a.d_state + n;
+        put(g.dk + to, dk[t], left);
+        put(g.dq + to, dq[t], left);
+        if constexpr (D == Decay::channel) put(g.dlog_decay + to, sum, left);
+        if constexpr (D == Decay::token) dlog[t] += sum;
+      }
+    }
+    if constexpr (D == Decay::token)
+      for (int t = 0; t < count; ++t) g.dlog_decay[token + t * a.nheads] = seqlib::SEQLIB_ISA::sum(dlog[t]);
+  }
+};
+
+template <class T, Decay D>
+void backward(const DeltaGradArgs& g, int64_t begin, int64_t end) {
+  FlushDenormals flush;
+  Backward<T, D> run{g};
+  clear(run.made.dot[0], 16 * width);  // lanes past d_state, and dE_3 without decay
+  for (int64_t task = begin; task < end; ++task) run.head(task);
+}
+
+template <class T>
+void run(const DeltaGradArgs& g, int64_t begin, int64_t end) {
+  switch (g.forward.decay) {
+    case Decay::none: return backward<T, Decay::none>(g, begin, end);
+    case Decay::token: return backward<T, Decay::token>(g, begin, end);
+    case Decay::channel: return backward<T, Decay::channel>(g, begin, end);
+  }
+}
+
+}  // namespace
+
+void delta_rule_bwd(const DeltaGradArgs& g, int64_t begin, int64_t end) {
+  g.forward.bf16 ? run<bf16>(g, begin, end) : run<float>(g, begin, end);
+}
+
+}  // namespace seqlib::SEQLIB_ISA
