@@ -23,7 +23,8 @@ def long_conv(
     initial_state: Tensor | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, Tensor | None]:
-    kernel, skip, reverse = (None if t is None else t.to(torch.float32) for t in (kernel, D, reverse_kernel))
+    kernel = kernel.to(torch.float32)
+    skip, reverse = (None if t is None else t.to(torch.float32) for t in (D, reverse_kernel))
 
     def dense(u: Tensor, state: Tensor | None) -> Tensor:
         # Taps longer than the span meet zeros only.
