@@ -133,7 +133,7 @@ void chunk(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, in
     for (int64_t i = round_up(count, W) - W; i >= 0; i -= W) {
       vf t[W];
       for (int r = 0; r < W; ++r) t[r] = load(b.terms + (i + r) * W);
-      const vf row_sums = sums(t);
+      const vf row_sums = lane_sums(t);
       for (int64_t r = std::min<int64_t>(W, count - i) - 1; r >= 0; --r) {
         sum_after += row_sums[r];
         // What a document start forgets does not matter.
