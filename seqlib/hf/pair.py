@@ -61,7 +61,7 @@ class SeqlibForPairClassification(SeqlibPreTrainedModel):
         super().__init__(config)
         self.loss_type = "ForSequenceClassification"  # transformers goes by the name of the class otherwise
         self.model = SeqlibModel(config)
-        self.score = PairHead(config.pair_head, config.d_model, config.num_labels)
+        self.score = PairHead(config.pair_head, config.d_model, config.num_labels or 2)
         self.post_init()
 
     @can_return_tuple
