@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqlib import bench
+from seqlib import bench, dispatch
 from seqlib.bench import clock, report
 from seqlib.bench.gate import shortened
-from seqlib.dispatch import _load, _loaded
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.case import Case
 from seqlib.ops.causal_conv1d import IMPLS, cases
@@ -60,7 +59,7 @@ def test_a_wrong_row_is_not_timed(
     tiny: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fault: str
 ) -> None:
     target = next(i.target for i in IMPLS if i.name == "torch")
-    right = _load(target)
+    right = dispatch._load(target)
 
     def wrong(x: Tensor, weight: Tensor, *rest, **options) -> tuple[Tensor, Tensor]:
         if fault == "gradient":
@@ -68,7 +67,8 @@ def test_a_wrong_row_is_not_timed(
         y, state = right(x, weight, *rest, **options)
         return y + 1e-2 * (torch.arange(y.shape[1]) == y.shape[1] - 1)[:, None], state
 
-    monkeypatch.setitem(_loaded, target, wrong)
+    monkeypatch.setitem(dispatch._loaded, target, wrong)
+    monkeypatch.setattr(dispatch, "_choices", {})
     file = tmp_path / "out.json"
     assert _run("--json", str(file)) == 1
     assert "torch/parallel" in capsys.readouterr().err
