@@ -195,6 +195,18 @@ def test_combine_is_associative_and_joins_spans(kind: str) -> None:
             close(got, want)
 
 
+@pytest.mark.parametrize("kind", ["head", "token", "channel"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_decay_of_zero_forgets(kind: str, dtype: torch.dtype) -> None:
+    """log_decay may be -inf, and what it forgets leaves no trace."""
+    q, k, v, g = draw(kind, dtype=dtype)
+    g[..., ::3] = -math.inf
+    got = linear_attention(q, k, v, g)
+    for a, b in zip(got, linear_attention(q, k, v, g, backend="reference")):
+        close(a, b, 1e-10 if dtype == torch.float64 else 1e-4)
+    close(summarize(k, v, g)[1], got[1], 1e-10 if dtype == torch.float64 else 1e-4)
+
+
 def test_refusals_name_the_remedy() -> None:
     q, k, v, g = draw("token")
     with pytest.raises(UnsupportedInput, match="at most 0"):

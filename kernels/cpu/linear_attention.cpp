@@ -105,7 +105,10 @@ struct Call {
     return plan.covers ? torch::stable::new_empty(like, shape, dtype) : torch::stable::new_zeros(like, shape, dtype);
   }
   Tensor states(int64_t count) const { return empty_f32(v, {count, args.nheads, args.d_state, args.headdim}); }
-  int64_t work(int64_t width) const { return args.seqlen * (kAttentionChunk * (args.d_state + width) / 2 + args.d_state * width * 2); }
+  // Multiply-adds of one task.
+  int64_t work(int64_t width) const {
+    return args.seqlen * (kAttentionChunk * (args.d_state + width) / 2 + args.d_state * width * 2);
+  }
 };
 
 std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -42,7 +42,7 @@ struct Buffers {
   float* state(int64_t i) const { return states + i * p * n; }
 };
 
-// The state after chunk i since the checkpoint from the state before it.
+// The state after chunk i since the checkpoint, a full one, from the state before it.
 void advance(const AttentionArgs& a, Buffers& b, int64_t row, int64_t head, int64_t begin, int64_t i) {
   b.decay.fill(a, row, head, begin, C);
   pack(b.k(i), b.n, C, b.n, b.k_left, b.n, C, [&](vf x, int64_t j) { return x * b.decay.left[j]; });
@@ -64,7 +64,7 @@ void pairs(const AttentionArgs& a, Buffers& b, const float* vt, int64_t rows) {
       const int64_t first = i + r0;
       float *score = b.scores + first * C + j, *dscore = b.dscores + first * C + j;
       b.ahead.fetch();
-    Tile<R, V> c = {};
+      Tile<R, V> c = {};
       add_product(c, b.q + first * b.n, b.n, 1, b.kt + j, C, a.d_state);
       each(c, [&](vf& x, int r, int u) {
         const vf w = b.decay.between(first + r, j + u * W);
@@ -139,7 +139,8 @@ void chunk(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, in
         // What a document start forgets does not matter.
         const double gradient = fresh && i + r == 0 ? 0.0 : sum_after;
         total += gradient;
-        if (!g.constant) g.dlog_decay[((row * a.seqlen + begin) + i + r) * a.nheads + head] = static_cast<float>(gradient);
+        if (!g.constant)
+          g.dlog_decay[(row * a.seqlen + begin + i + r) * a.nheads + head] = static_cast<float>(gradient);
       }
     }
     if (g.constant) g.dlog_decay[row * a.nheads + head] += static_cast<float>(total);
@@ -162,7 +163,8 @@ void span_backward(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t 
     b.ahead.add(HeadRows(h, row, begin(i), head), count(i), width);
   };
   for (int64_t first = (chunks - 1) / a.every * a.every; first >= 0; first -= a.every) {
-    const int64_t slot = (span.checkpoint + first / a.every) * a.nheads + head, here = std::min(a.every, chunks - first);
+    const int64_t here = std::min(a.every, chunks - first);
+    const int64_t slot = (span.checkpoint + first / a.every) * a.nheads + head;
     pack_transposed(a.checkpoints + slot * a.d_state * a.headdim, a.headdim, a.d_state, a.headdim, b.states, b.n, b.n);
     for (int64_t i = 0; i < here; ++i) {
       const int64_t at = first + i, rows = round_up(count(at), kRows);

@@ -17,7 +17,8 @@ struct ChunkDecay {
   float passed;           // how much of the incoming state is left at the end
 
   void fill(const AttentionArgs& a, int64_t row, int64_t head, int64_t begin, int64_t count) {
-    const float* g = a.log_decay ? a.log_decay + row * a.decay_batch + begin * a.decay_row + head * a.decay_head : nullptr;
+    const float* g = a.log_decay;
+    if (g) g += row * a.decay_batch + begin * a.decay_row + head * a.decay_head;
     double sum = 0;
     for (int64_t i = 0; i < C; ++i) {
       // Below -1000 everything is forgotten; the bound keeps sums finite and precise.
@@ -47,7 +48,8 @@ struct HeadRows {
   int64_t row;
   bool bf16;
 
-  HeadRows(const Heads& h, int64_t batch, int64_t position, int64_t head, int64_t column = 0) : row(h.row), bf16(h.bf16) {
+  HeadRows(const Heads& h, int64_t batch, int64_t position, int64_t head, int64_t column = 0)
+      : row(h.row), bf16(h.bf16) {
     const int64_t offset = batch * h.batch + position * h.row + head / h.shared * h.head + column;
     data = static_cast<char*>(h.data) + offset * (h.bf16 ? 2 : 4);
   }
@@ -72,8 +74,8 @@ struct HeadRows {
   }
 };
 
-// The rows that the next chunk touches, brought towards the cache a few lines at a time between tiles: they lie far apart,
-// so the hardware does not guess them, and asked for all at once they would wait for each other.
+// The rows that come next, brought towards the cache a few lines at a time between tiles: they lie far apart, so the
+// hardware does not guess them, and asked for all at once they would wait for each other.
 class Ahead {
  public:
   void clear() { count_ = next_ = 0; }

@@ -114,30 +114,41 @@ void forward(const AttentionArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Columns [j, j + V vectors) of one head's state and output; `lanes` of them if V is 1.
+template <int V>
+void step_columns(const AttentionStepArgs& a, int64_t row, int64_t head, int64_t j, int lanes) {
+  const HeadRows q(a.q, row, 0, head), k(a.k, row, 0, head), v(a.v, row, 0, head), y(a.y, row, 0, head);
+  const float* g = a.log_decay ? a.log_decay + row * a.decay_batch + head * a.decay_head : nullptr;
+  float* state = a.state + (row * a.nheads + head) * a.d_state * a.headdim + j;
+  vf x[V], sum[V] = {};
+  for (int u = 0; u < V; ++u) x[u] = v.get(0, j + u * W, a.headdim);
+  float qs[C], ks[C], decays[C];
+  for (int64_t first = 0; first < a.d_state; first += C) {
+    const int64_t count = std::min<int64_t>(C, a.d_state - first);
+    for (int64_t i = 0; i < count; i += W) {
+      store(qs + i, q.get(0, first + i, a.d_state));
+      store(ks + i, k.get(0, first + i, a.d_state));
+      const vf log_decay = !g ? vf{} : a.decay_channel ? get(g + first + i, count - i) : splat(*g);
+      store(decays + i, exp(log_decay));
+    }
+    for (int64_t i = 0; i < count; ++i, state += a.headdim)
+#pragma GCC unroll 4
+      for (int u = 0; u < V; ++u) {
+        const vf now = decays[i] * get(state + u * W, lanes) + ks[i] * x[u];
+        put(state + u * W, now, lanes);
+        sum[u] += qs[i] * now;
+      }
+  }
+  for (int u = 0; u < V; ++u) y.put(0, j + u * W, a.headdim, sum[u] * a.scale);
+}
+
 void step(const AttentionStepArgs& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task / a.nheads, head = task % a.nheads;
-    const HeadRows q(a.q, row, 0, head), k(a.k, row, 0, head), v(a.v, row, 0, head), y(a.y, row, 0, head);
-    const float* g = a.log_decay ? a.log_decay + row * a.decay_batch + head * a.decay_head : nullptr;
-    float* state = a.state + task * a.d_state * a.headdim;
-    constexpr int V = 4;  // vectors of y at once
-    for (int64_t j = 0; j < a.headdim; j += V * W) {
-      vf sum[V] = {}, x[V];
-      const int64_t left = a.headdim - j, vectors = std::min<int64_t>(V, (left + W - 1) / W);
-      for (int u = 0; u < vectors; ++u) x[u] = v.get(0, j + u * W, a.headdim);
-      vf decay = splat(1.0f);
-      for (int64_t i = 0; i < a.d_state; ++i) {
-        if (g && (i == 0 || a.decay_channel)) decay = exp(splat(g[i * a.decay_channel]));
-        const float ki = k.get(0, i, i + 1)[0], qi = q.get(0, i, i + 1)[0];
-        for (int u = 0; u < vectors; ++u) {
-          float* s = state + i * a.headdim + j + u * W;
-          const vf now = decay * get(s, left - u * W) + ki * x[u];
-          put(s, now, left - u * W);
-          sum[u] += qi * now;
-        }
-      }
-      for (int u = 0; u < vectors; ++u) y.put(0, j + u * W, a.headdim, sum[u] * a.scale);
-    }
+    int64_t j = 0;
+    for (; j + 4 * W <= a.headdim; j += 4 * W) step_columns<4>(a, row, head, j, W);
+    for (; j + W <= a.headdim; j += W) step_columns<1>(a, row, head, j, W);
+    if (j < a.headdim) step_columns<1>(a, row, head, j, static_cast<int>(a.headdim - j));
   }
 }
 
