@@ -128,6 +128,28 @@ def generate(
 
 
 @app.command()
+def bench(
+    what: Annotated[
+        list[str] | None, typer.Argument(help="Ops, or mamba-130m for whole models; none: all ops.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for ops.")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 15,
+    budget: Annotated[float, typer.Option(help="Seconds for each contender and comparison.")] = 5.0,
+) -> None:
+    """Time ops and models beside their peers in transformers, each checked for equal results first."""
+    from seqlib.bench import report
+
+    from .bench import OP_PEERS, report_mamba
+
+    if what == ["mamba-130m"]:
+        report_mamba(json_file, repeats=repeats, budget=budget)
+        return
+    arguments = [*(what or []), "--dtype", dtype, "--repeats", str(repeats), "--budget", str(budget)]
+    raise typer.Exit(report.main([*arguments, *(["--json", str(json_file)] if json_file else [])], peers=OP_PEERS))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Run folder; an earlier demo in it is replaced.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="Training time that the number of steps is fitted to.")] = 4.0,
