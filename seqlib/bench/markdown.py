@@ -11,8 +11,8 @@ __all__ = ["page"]
 
 HEAD = """# Benchmarks
 
-Every number here comes from a JSON file in `docs/bench/`, written by the command named above its table; this page is
-written by `python -m seqlib.bench.markdown docs`. Ratios compare runs that took turns in one process. Processor time of
+Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench OPS --json FILE` or
+`seqlib-lm bench mamba-130m --json FILE`; this page is written by `python -m seqlib.bench.markdown docs`. Ratios compare runs that took turns in one process. Processor time of
 one core is steadier than wall time where neighbours share the machine.
 """
 
