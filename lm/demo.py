@@ -130,7 +130,8 @@ class _TimeLimit(TrainerCallback):
         self.stopped_at = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if time.perf_counter() > self.end and state.global_step < state.max_steps:
+        logged = state.global_step >= state.logging_steps
+        if logged and time.perf_counter() > self.end and state.global_step < state.max_steps:
             self.stopped_at = state.global_step
             control.should_training_stop = True
 
