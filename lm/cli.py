@@ -152,7 +152,7 @@ def bench(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Run folder; an earlier demo in it is replaced.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="Training time that the number of steps is fitted to.")] = 4.0,
+    minutes: Annotated[float, typer.Option(help="Time for everything; training gets what the rest leaves.")] = 5.0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
     ] = None,
