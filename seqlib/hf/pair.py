@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,7 @@ class PairHead(nn.Module):
 
     def reset_parameters(self) -> None:
         for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            linear_(layer)
+            linear_(cast(nn.Linear, layer))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         x = torch.cat([a, b, a - b, a * b] if self.kind == "nli" else [a, b], -1)
@@ -61,7 +60,7 @@ class SeqlibForPairClassification(SeqlibPreTrainedModel):
         super().__init__(config)
         self.loss_type = "ForSequenceClassification"  # transformers goes by the name of the class otherwise
         self.model = SeqlibModel(config)
-        self.score = PairHead(config.pair_head, config.d_model, config.num_labels or 2)
+        self.score = PairHead(config.pair_head, config.d_model, int(config.num_labels or 2))
         self.post_init()
 
     @can_return_tuple
