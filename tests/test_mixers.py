@@ -15,6 +15,11 @@ D_MODEL = 32
 # What a kind needs beyond its defaults to be small, and variants that take other paths.
 VARIANTS: dict[str, list[dict]] = {
     "mamba": [{}, {"inner_norm": "learned", "d_state": 5, "bias": True}, {"inner_norm": "plain", "conv_bias": False}],
+    "mamba2": [
+        {"d_state": 8, "headdim": 16, "ngroups": 2},
+        {"d_state": 5, "headdim": 8, "d_inner": 24, "norm_before_gate": True, "D_per_channel": True, "bias": True},
+        {"d_state": 4, "headdim": 32, "norm": False, "dt_limit_min": 0.01, "dt_limit_max": 0.02, "conv_bias": False},
+    ],
     "attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "qk_norm": True}, {"nheads": 2, "rotary": False}],
     "sliding_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3}],
 }

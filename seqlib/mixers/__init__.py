@@ -10,6 +10,7 @@ from seqlib.errors import ConfigError
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.mamba import Mamba
+from seqlib.mixers.mamba2 import Mamba2
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -17,6 +18,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "sliding_attention": SlidingAttention,
     "mamba": Mamba,
+    "mamba2": Mamba2,
 }
 
 
