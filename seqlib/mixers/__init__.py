@@ -10,6 +10,7 @@ from seqlib.errors import ConfigError
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.mamba import Mamba
+from seqlib.mixers.s4d import S4D
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -17,6 +18,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "sliding_attention": SlidingAttention,
     "mamba": Mamba,
+    "s4d": S4D,
 }
 
 
