@@ -22,7 +22,15 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "qk_norm": True}, {"nheads": 2, "rotary": False}],
     "sliding_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3}],
+    "s4d": [
+        {"d_state": 8},
+        {"d_state": 6, "init": "lin", "discretization": "bilinear", "n_ssm": 4, "output": "linear", "rate": 0.5},
+        {"d_state": 4, "init": "real", "dt_transform": "exp", "output": "half_glu1"},
+        {"d_state": 4, "init": "real", "discretization": "bilinear", "activation": "silu", "output": "half_glu2"},
+    ],
 }
+# Convolved through transforms, whose rounding reaches every position.
+TRANSFORMED = {"s4d"}
 ROWS = [pytest.param({"kind": kind, **v}, id=f"{kind}{i}") for kind in MIXERS for i, v in enumerate(VARIANTS[kind])]
 every = pytest.mark.parametrize("config", ROWS)
 
@@ -63,7 +71,7 @@ def test_split_invariance(config: dict, cuts: tuple[int, ...]) -> None:
         y, after = mixer(x[:, begin:end], state)
         if before is not None:  # the given state is left alone
             for a, b in zip(state.tensors(), before.tensors()):
-                assert torch.equal(a.nan_to_num(), b.nan_to_num())
+                assert torch.equal(a.detach().nan_to_num(), b.detach().nan_to_num())
         state = after
         parts.append(y)
     _same(torch.cat(parts, 1), want)
@@ -99,7 +107,7 @@ def test_causality(config: dict) -> None:
     moved = x.clone()
     moved[:, 11] += 1.0
     change = (mixer(moved)[0] - mixer(x)[0]).abs().amax(-1)[0]
-    assert float(change[:11].max()) == 0.0
+    assert float(change[:11].max()) <= (1e-14 if config["kind"] in TRANSFORMED else 0.0)
     assert float(change[11]) > 0.0
 
 

@@ -11,6 +11,7 @@ from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
+from seqlib.mixers.s4d import S4D
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -19,6 +20,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "sliding_attention": SlidingAttention,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "s4d": S4D,
 }
 
 
