@@ -12,8 +12,9 @@ __all__ = ["page"]
 HEAD = """# Benchmarks
 
 Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench OPS --json FILE` or
-`seqlib-lm bench mamba-130m --json FILE`; this page is written by `python -m seqlib.bench.markdown docs`. Ratios compare runs that took turns in one process. Processor time of
-one core is steadier than wall time where neighbours share the machine.
+`seqlib-lm bench mamba-130m --json FILE`; this page is written by `python -m seqlib.bench.markdown docs`. Ratios compare
+runs that took turns in one process. Processor time of one core is steadier than wall time where neighbours share the
+machine. Freed memory is kept by the process (glibc's mallopt), for all contenders alike.
 """
 
 
@@ -33,8 +34,8 @@ def _machine(report: dict[str, Any]) -> str:
     facts, limit = report["machine"], report["limits"]
     load = ", ".join(f"{x:.1f}" for x in facts["load_average"])
     return (
-        f"{facts['cpu']}, {report['options']['threads']} threads, {facts['isa']}, torch {facts['torch']}, load {load} at "
-        f"the start. In the same run: copy {limit['copy_gb_s']:.0f} GB/s, matrix product "
+        f"{facts['cpu']}, {report['options']['threads']} threads, {facts['isa']}, torch {facts['torch']}, load {load} "
+        f"at the start. In the same run: copy {limit['copy_gb_s']:.0f} GB/s, matrix product "
         f"{limit['matmul_float32_gflop_s']:.0f} GFLOP/s in float32."
     )
 
