@@ -88,9 +88,9 @@ def linear_attention(
             neighbouring value heads (Mamba-2's groups).
         k: as q; may have a different number of heads.
         v: (batch, seqlen, nheads, headdim), in the dtype of q and k.
-        log_decay: natural logarithm of the decay, at most 0; None is no decay. Constant (nheads,), per token
-            (batch, seqlen, nheads) or per key channel (batch, seqlen, nheads, d_state). Any float dtype; float32 is
-            advised, since bfloat16 cannot tell long memories apart.
+        log_decay: natural logarithm of the decay, at most 0 and -inf to forget; None is no decay. Constant (nheads,),
+            per token (batch, seqlen, nheads) or per key channel (batch, seqlen, nheads, d_state). Any float dtype;
+            float32 is advised, since bfloat16 cannot tell long memories apart.
         scale: factor on the outputs; published models use 1 or d_state**-0.5.
         initial_state: (batch, nheads, d_state, headdim); None is zero. It includes the last token before this span,
             undecayed. Needs causal=True.
