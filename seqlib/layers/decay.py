@@ -29,9 +29,7 @@ def alibi_slopes(nheads: int) -> list[float]:
     return alibi_slopes(below) + alibi_slopes(2 * below)[::2][: nheads - below]
 
 
-def lightning_log_decay(
-    nheads: int, layer_index: int, n_layer: int, variant: str = "transnormer"
-) -> tuple[float, ...]:
+def lightning_log_decay(nheads: int, layer_index: int, n_layer: int, variant: str = "transnormer") -> tuple[float, ...]:
     """Log-decay of each head of lightning attention in layer l of L: minus slope times a factor that falls with depth.
 
         transnormer  alibi slopes,        1 - l / (L - 1) + 1e-5          factor 1 + 1e-5 when L = 1
