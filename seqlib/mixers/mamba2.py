@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
-from seqlib.layers.init import fill_, linear_, uniform_
+from seqlib.layers.init import dt_bias_, fill_, linear_, uniform_
 from seqlib.layers.linear import Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import MixerConfig, positive, wide
@@ -110,10 +109,7 @@ class Mamba2(MatrixMixer[Mamba2Config]):
         self.conv1d.reset_parameters()
         if c.conv_init is not None:
             uniform_(self.conv1d.weight, c.conv_init)
-        log_min, log_max = math.log(c.dt_min), math.log(c.dt_max)
-        dt = torch.rand(self.nheads, device=self.D.device).mul(log_max - log_min).add(log_min).exp()
-        dt = dt.clamp(min=c.dt_floor)
-        fill_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        dt_bias_(self.dt_bias, c.dt_min, c.dt_max, c.dt_floor)
         A = torch.rand(self.nheads, device=self.D.device).mul(c.A_max - c.A_min).add(c.A_min)
         fill_(self.A_log, A.log())
         fill_(self.D, 1.0)
