@@ -18,8 +18,8 @@ from seqlib.mixers.lightning import Lightning
 from seqlib.mixers.linear_transformer import LinearTransformer
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
-from seqlib.mixers.s4d import S4D
 from seqlib.mixers.retnet import RetNet
+from seqlib.mixers.s4d import S4D
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
