@@ -5,13 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
+from seqlib import native
 from seqlib.errors import UnsupportedInput
 from seqlib.ops import long_conv
 from seqlib.ops.long_conv import OnlineConv, step
 from seqlib.ops.long_conv.torch_impl import fast_length
 from seqlib.sequence import SequenceInfo
 
-BACKENDS = ["reference", "torch"]
+BACKENDS = ["reference", "torch", pytest.param("native", marks=pytest.mark.native)]
+
+
+@pytest.fixture(autouse=True)
+def _compiled(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("native") and native.why_unavailable("cpu"):
+        pytest.skip(f"no native library: {native.why_unavailable('cpu')}")
 
 
 def _draw(batch: int, seqlen: int, d: int, length: int, dtype: torch.dtype = torch.float32):
@@ -129,12 +136,46 @@ def test_nothing_looks_ahead(backend: str) -> None:
     assert float(dx[0, 18:].abs().max()) < 1e-6 and float(dx[0, 17].abs().min()) > 1e-4
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides_and_dtypes_of_parameters(backend: str) -> None:
+    x, kernel, D = _draw(2, 40, 6, 40)
+    want, _ = long_conv(x, kernel, D=D, reverse_kernel=kernel, backend=backend)
+    wide = torch.stack([kernel.T, kernel.T], 2).double()[..., 0].T  # every second number of a transposed tensor
+    skip = torch.stack([D, D], 1)[:, 1]
+    got, _ = long_conv(x.mT.contiguous().mT, wide, D=skip, reverse_kernel=wide, backend=backend)
+    assert got.dtype == torch.float32 and torch.allclose(got, want, atol=1e-5)
+
+
 def test_autocast_leaves_it_in_float32() -> None:
     x, kernel, D = _draw(2, 100, 4, 100)
     want, _ = long_conv(x, kernel, D=D)
     with torch.autocast("cpu", torch.bfloat16):
         got, _ = long_conv(x, kernel, D=D)
     assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("options", [{}, {"reverse": 9}, {"state": True}])
+def test_compiled_op_keeps_its_contract(options: dict) -> None:
+    """Schema, shapes without data, and registered gradient agree (torch.library.opcheck)."""
+    native.load("cpu")
+    x, kernel, D = (t.requires_grad_() for t in _draw(2, 9, 18, 10))
+    reverse = torch.randn(18, 8) if "reverse" in options else None
+    state = torch.randn(2, 9, 18) if "state" in options else None
+    torch.library.opcheck(torch.ops.seqlib.long_conv.default, (x, kernel, D, reverse, state))
+
+
+@pytest.mark.native
+def test_threads_do_not_change_the_result() -> None:
+    x, kernel, D = (t.requires_grad_() for t in _draw(5, 70, 40, 70))
+    made = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        y, _ = long_conv(x, kernel, D=D, backend="native")
+        made.append((y, *torch.autograd.grad(y.square().sum(), (x, kernel, D))))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in made[1:] for a, b in zip(made[0], other))
 
 
 def test_fast_length_is_even_and_smooth() -> None:

@@ -146,6 +146,16 @@ def test_diag_spans_and_steps_equal_one_pass(discretization: str, real: bool) ->
     assert torch.allclose(s, h, atol=1e-12)
 
 
+def test_states_that_die_at_once_stay_finite() -> None:
+    A = torch.tensor([[-1e5, -1.0]])
+    log_decay, B_bar = discretize(A, torch.ones(1, 2), torch.ones(1))
+    h = final_state(log_decay, B_bar, torch.ones(1, 5000, 1))
+    assert torch.allclose(h, torch.tensor([[[1e-5, 1.0]]]))
+    assert torch.allclose(
+        ssm_kernel_diag(A, torch.ones(2), torch.ones(1, 2), torch.ones(1), 5000)[0, -1], torch.zeros(())
+    )
+
+
 def _dplr(d: int, n: int, measure: str, length: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     made = nplr(measure, n)
     # S4 keeps real parts away from 0 by its parameterisation; fourier and legt start there.

@@ -49,11 +49,11 @@ void forward(const DeltaArgs& a, int64_t begin, int64_t end) {
       clear(S, (stop - first) * block_size);
     for (int64_t p = a.first_piece[at.b]; p < a.first_piece[at.b + 1]; ++p) {
       const DeltaPiece& piece = a.pieces[p];
-      if (piece.fresh)
+      if (piece.saved == delta_fresh)
         clear(S, (stop - first) * block_size);
       else if (a.saved)
         each_block([&](float* s, int64_t c) {
-          scatter(s, a.saved + (p * a.nheads + at.h) * state_size, a.d_state, a.headdim, c);
+          scatter(s, a.saved + (piece.saved * a.nheads + at.h) * state_size, a.d_state, a.headdim, c);
         });
       for (int64_t t = piece.begin; t < piece.end; t += C)
         tokens<T, D>(a, at, t, piece.end - t < C ? piece.end - t : C, first, stop, tile, S);

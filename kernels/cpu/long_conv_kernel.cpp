@@ -10,6 +10,8 @@
 #include <bit>
 #include <cstdlib>
 #include <memory>
+#include <new>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -41,7 +43,9 @@ struct Free {
 };
 using Points = std::unique_ptr<float[], Free>;
 inline Points points(int64_t n) {
-  return Points(static_cast<float*>(std::aligned_alloc(64, (n * P * sizeof(float) + 63) / 64 * 64)));
+  void* p = std::aligned_alloc(64, n * P * sizeof(float));  // n >= 16, so a multiple of 64
+  if (!p) throw std::bad_alloc();
+  return Points(static_cast<float*>(p));
 }
 
 inline void fft4(Complex& a, Complex& b, Complex& c, Complex& d) {

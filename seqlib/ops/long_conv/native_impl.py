@@ -24,7 +24,8 @@ def long_conv(
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, Tensor | None]:
     kernel = kernel.to(torch.float32)
-    skip, reverse = (None if t is None else t.to(torch.float32) for t in (D, reverse_kernel))
+    skip = None if D is None else D.to(torch.float32).contiguous()
+    reverse = None if reverse_kernel is None else reverse_kernel.to(torch.float32)
 
     def dense(u: Tensor, state: Tensor | None) -> Tensor:
         # Taps longer than the span meet zeros only.

@@ -30,8 +30,8 @@ def state_outputs(log_decay: Tensor, C: Tensor, state: Tensor, length: int, *, p
     with torch.autocast(state.device.type, enabled=False):
         size = block_size(length)
         count = -(-length // size)
-        coarse = powers(log_decay, 1 + size * torch.arange(count, device=state.device), high)  # d a n
-        fine = powers(log_decay, torch.arange(size, device=state.device), high)
+        coarse = powers(log_decay, high, count, first=1, step=size)  # d a n
+        fine = powers(log_decay, high, size)
         wide = torch.promote_types(torch.promote_types(state.dtype, coarse.dtype), _narrow(C.dtype, high))
         left = ((2 if pairs else 1) * C * state).to(wide).transpose(0, 1)[:, :, None] * coarse[:, None]  # d b a n
         right = fine.to(wide)
@@ -60,8 +60,8 @@ def final_state(log_decay: Tensor, B_bar: Tensor, x: Tensor, initial_state: Tens
         size = block_size(length)
         count = -(-length // size)
         u = F.pad(x.to(high), (0, 0, count * size - length, 0)).view(batch, count, size, d).permute(3, 0, 1, 2)
-        fine = powers(log_decay, torch.arange(size - 1, -1, -1, device=x.device), high)  # d size n
-        coarse = powers(log_decay, size * torch.arange(count - 1, -1, -1, device=x.device), high)  # d a n
+        fine = powers(log_decay, high, size).flip(1)  # d size n
+        coarse = powers(log_decay, high, count, step=size).flip(1)  # d a n
         part = u.flatten(1, 2) @ real_pairs(fine)
         blocks = part.view(d, batch, count, -1)
         if fine.is_complex():
@@ -69,7 +69,7 @@ def final_state(log_decay: Tensor, B_bar: Tensor, x: Tensor, initial_state: Tens
         wide = torch.promote_types(blocks.dtype, _narrow(B_bar.dtype, high))
         h = ((blocks * coarse[:, None]).sum(2) * B_bar.to(wide)[:, None]).transpose(0, 1)
         if initial_state is not None:
-            h = h + powers(log_decay, torch.tensor([length], device=x.device), high)[:, 0] * initial_state
+            h = h + powers(log_decay, high, 1, first=length)[:, 0] * initial_state
         return h
 
 

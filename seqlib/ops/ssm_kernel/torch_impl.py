@@ -23,8 +23,8 @@ def diag(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, discretiza
         lead = C.shape[:-2]
         weight = (C * B_bar).reshape(-1, d, n).transpose(0, 1)  # d c n
         weight = weight * (2 if A.is_complex() else 1)
-        coarse = powers(log_decay, size * torch.arange(count, device=dt.device), high)  # d a n
-        fine = powers(log_decay, torch.arange(size, device=dt.device), high)
+        coarse = powers(log_decay, high, count, step=size)  # d a n
+        fine = powers(log_decay, high, size)
         left = (weight.to(coarse.dtype)[:, :, None] * coarse[:, None]).flatten(1, 2)  # d ca n
         kernel = real_pairs(left) @ real_pairs(fine, conjugate=True).mT
         kernel = kernel.view(d, -1, count * size)[..., :length]
@@ -72,16 +72,27 @@ def dplr(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *,
         return kernel.transpose(0, 1).reshape(*lead, d, length)
 
 
-def powers(log_decay: Tensor, exponents: Tensor, high: torch.dtype) -> Tensor:
-    """exp(log_decay * exponents) (d, exponents, d_state) in the precision of `high`.
+def powers(log_decay: Tensor, high: torch.dtype, count: int, *, first: int = 0, step: int = 1) -> Tensor:
+    """exp(log_decay (first + step k)), k < count: (d, count, d_state) in the precision of `high`.
 
-    Angles are taken in float64 and reduced to one turn first: at 10^4 radians float32 has only three digits left.
+    Exponents are never negative, so that no factor of a product overflows where the product is small.
     """
-    size = torch.exp(log_decay.real.to(high)[:, None] * exponents[:, None].to(high))
+    size = 8
+    if count <= 2 * size:
+        return _exp(log_decay, high, range(first, first + step * count, step))
+    fine = _exp(log_decay, high, range(first, first + step * size, step))
+    coarse = _exp(log_decay, high, range(0, step * count, step * size))
+    return (coarse[:, :, None] * fine[:, None]).flatten(1, 2)[:, :count]
+
+
+def _exp(log_decay: Tensor, high: torch.dtype, exponents: range) -> Tensor:
+    """Angles are taken in float64 and reduced to one turn: at 10^4 radians float32 has only three digits left."""
+    at = torch.tensor(exponents, dtype=torch.float64, device=log_decay.device)[:, None]
+    size = torch.exp(log_decay.real[:, None].to(high) * at.to(high))
     if not log_decay.is_complex():
         return size
-    turns = (log_decay.imag / (2 * math.pi))[:, None] * exponents[:, None]
-    angle = ((turns - turns.detach().round()) * (2 * math.pi)).to(high)
+    turns = (log_decay.imag / (2 * math.pi))[:, None] * at
+    angle = (turns - turns.detach().round()).to(high) * (2 * math.pi)
     return torch.complex(size * torch.cos(angle), size * torch.sin(angle))
 
 
