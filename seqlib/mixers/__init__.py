@@ -9,8 +9,11 @@ from typing import Any
 from seqlib.errors import ConfigError
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
+from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
+from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
+from seqlib.mixers.s5 import S5
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -18,7 +21,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "sliding_attention": SlidingAttention,
     "mamba": Mamba,
+    "s4": S4,
     "s4d": S4D,
+    "lru": LRU,
+    "s5": S5,
 }
 
 
