@@ -37,15 +37,26 @@ VARIANTS: dict[str, list[dict]] = {
     "kda": [{"nheads": 4, "headdim": 8}, {"nheads": 2, "headdim": 6, "lower_bound": -5.0, "gate_rank": 4}],
     "attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "qk_norm": True}, {"nheads": 2, "rotary": False}],
     "sliding_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3}],
+    "s4": [
+        {"d_state": 8, "l_max": 70},
+        {"d_state": 4, "l_max": 16, "init": "legt", "n_ssm": 4, "rate": 0.5},
+        {"d_state": 6, "l_max": 13, "init": "fourier", "dt_transform": "exp", "output": "linear"},
+    ],
     "s4d": [
         {"d_state": 8},
         {"d_state": 6, "init": "lin", "discretization": "bilinear", "n_ssm": 4, "output": "linear", "rate": 0.5},
         {"d_state": 4, "init": "real", "dt_transform": "exp", "output": "half_glu1"},
         {"d_state": 4, "init": "real", "discretization": "bilinear", "activation": "silu", "output": "half_glu2"},
     ],
+    "lru": [{"d_state": 12}, {"r_min": 0.5, "r_max": 0.9, "max_phase": 0.6, "output": "linear"}],
+    "s5": [
+        {"d_state": 12, "blocks": 3},
+        {"d_state": 8, "discretization": "bilinear", "C_init": "complex_normal", "output": "half_glu2", "rate": 2.0},
+        {"d_state": 8, "C_init": "lecun_normal", "clip_eigs": True, "output": "glu"},
+    ],
 }
 # Convolved through transforms, whose rounding reaches every position.
-TRANSFORMED = {"s4d"}
+TRANSFORMED = {"s4", "s4d"}
 ROWS = [pytest.param({"kind": kind, **v}, id=f"{kind}{i}") for kind in MIXERS for i, v in enumerate(VARIANTS[kind])]
 every = pytest.mark.parametrize("config", ROWS)
 

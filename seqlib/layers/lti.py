@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from seqlib.ops.ssm_kernel import final_state, state_outputs
+from seqlib.ops.ssm_kernel import (
+    dense_final_state,
+    dense_state_outputs,
+    dplr_dense,
+    final_state,
+    state_outputs,
+)
+from seqlib.ops.ssm_kernel.dense import DenseSSM
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["Diagonal", "Recurrence", "continue_span"]
+__all__ = ["Diagonal", "LowRank", "Recurrence", "continue_span"]
 
 
 class Recurrence(Protocol):
@@ -45,6 +54,58 @@ class Diagonal:
 
     def advance(self, state: Tensor, steps: Tensor) -> Tensor:
         return torch.exp(self.log_decay * steps[:, None, None]).to(state.dtype) * state
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The recurrence of `ops.ssm_kernel_dplr`: A, B, C (d, d_state), P (rank, d, d_state), dt (d,), C truncated for
+    l_kernel positions. States are complex (batch, d, d_state)."""
+
+    A: Tensor
+    P: Tensor
+    B: Tensor
+    C: Tensor
+    dt: Tensor
+    l_kernel: int
+
+    @cached_property
+    def dense(self) -> DenseSSM:
+        """In float64, with the readout of the recurrence."""
+        return dplr_dense(self.A, self.P, self.B, self.C, self.dt, self.l_kernel)
+
+    def outputs(self, state: Tensor, length: int) -> Tensor:
+        return dense_state_outputs(self.dense, _halves(state), length)
+
+    def final(self, x: Tensor) -> Tensor:
+        given = (self.A, self.P, self.B, self.C, self.dt, x)
+        # Its dense matrices are made again in the backward pass, should anybody ask for the gradient of a state.
+        again = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        return (
+            checkpoint(_low_rank_final, *given, use_reentrant=False, preserve_rng_state=False)
+            if again
+            else (_low_rank_final(*given))
+        )
+
+    def advance(self, state: Tensor, steps: Tensor) -> Tensor:
+        h = _halves(state)
+        A = self.dense.A.to(h.dtype)
+        moved = torch.empty_like(h)
+        for n in steps.unique().tolist():
+            rows = (steps == n).nonzero()[:, 0]
+            moved = moved.index_copy(0, rows, torch.einsum("dnm,bdm->bdn", torch.linalg.matrix_power(A, n), h[rows]))
+        return torch.complex(*moved.chunk(2, -1))
+
+
+def _low_rank_final(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, x: Tensor) -> Tensor:
+    ssm = dplr_dense(A, P, B, C, dt, None)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        h = dense_final_state(ssm, x, torch.zeros(x.shape[0], *ssm.B.shape, dtype=dtype, device=x.device))
+    return torch.complex(*h.chunk(2, -1))
+
+
+def _halves(state: Tensor) -> Tensor:
+    return torch.cat([state.real, state.imag], -1)
 
 
 def continue_span(

@@ -19,7 +19,11 @@ from seqlib.mixers.linear_transformer import LinearTransformer
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.retnet import RetNet
+from seqlib.mixers.lru import LRU
+from seqlib.mixers.mamba import Mamba
+from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
+from seqlib.mixers.s5 import S5
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -37,6 +41,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
+    "s4": S4,
+    "s4d": S4D,
+    "lru": LRU,
+    "s5": S5,
 }
 
 

@@ -20,7 +20,7 @@ from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.ops import long_conv
 from seqlib.sequence import SequenceInfo, State
 
-__all__ = ["ConvConfig", "NoState", "SSMConfig", "SSMState", "TimeInvariant", "refuse_state"]
+__all__ = ["ConvConfig", "NoState", "SSMConfig", "SSMState", "TimeInvariant", "as_real", "refuse_state"]
 
 # Kernels of more numbers than this are made again in every pass instead of kept (64 MiB).
 KEEP = 1 << 24
@@ -38,6 +38,10 @@ class ConvConfig(MixerConfig):
     """How channels are mixed then: "glu", "linear", "half_glu1", "half_glu2" or "none" (see `layers.readout`)."""
     lr: float | None = 1e-3
     """Learning rate of the parameters of the kernel; None is that of the model."""
+
+    def kernel_groups(self, *names: str) -> list[tuple[list[str], dict[str, Any]]]:
+        """`param_groups` for the parameters of the kernel: no weight decay, and `lr`."""
+        return [(list(names), {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr}))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +133,6 @@ class TimeInvariant(Mixer[C]):
         normal_(self.D, 1.0)
         self.readout.reset_parameters()
 
-    def kernel_groups(self, *names: str) -> list[tuple[list[str], dict[str, Any]]]:
-        """param_groups of the state space: no weight decay and the learning rate of the config."""
-        options: dict[str, Any] = {"weight_decay": 0.0}
-        return [(list(names), options if self.config.lr is None else options | {"lr": self.config.lr})]
-
     def dt(self) -> Tensor:
         """(d_model,) step sizes at the present rate."""
         inv_dt = wide(self.inv_dt)
@@ -195,3 +194,8 @@ def refuse_state(config: MixerConfig, state: object) -> None:
             f"{config.kind} with bidirectional=True takes no state: earlier outputs would need these inputs; "
             "give the whole sequence at once"
         )
+
+
+def as_real(h: Tensor) -> Tensor:
+    """(..., n) complex as (..., 2n) real numbers in the same memory."""
+    return torch.view_as_real(h).view(*h.shape[:-1], -1) if h.is_complex() else h

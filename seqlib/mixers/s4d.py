@@ -14,7 +14,7 @@ from seqlib.layers.hippo import DIAGONAL, diagonal
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.lti import Diagonal
 from seqlib.mixers.base import MixerConfig, wide, wide_dtype
-from seqlib.mixers.lti import SSMConfig, SSMState, TimeInvariant
+from seqlib.mixers.lti import SSMConfig, SSMState, TimeInvariant, as_real
 from seqlib.ops import ssm_kernel_diag
 from seqlib.ops.ssm_kernel import discretize
 
@@ -76,7 +76,7 @@ class S4D(TimeInvariant[S4DConfig]):
         normal_(self.C, 1.0 if self.real else 0.5**0.5)  # variance 1
 
     def param_groups(self) -> list[tuple[list[str], dict[str, Any]]]:
-        return self.kernel_groups("inv_dt", "A_log", "B", *([] if self.real else ["A_imag"]))
+        return self.config.kernel_groups("inv_dt", "A_log", "B", *([] if self.real else ["A_imag"]))
 
     def sources(self) -> Sequence[Tensor]:
         found = (self.inv_dt, self.A_log, self.A_imag, self.B, self.C)
@@ -101,7 +101,7 @@ class S4D(TimeInvariant[S4DConfig]):
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
         decay, B_bar, C = self._kept("step", self.rate, self.sources(), self._recurrence)
         u = x.to(wide_dtype(self.D))
-        h = _as_real(state.ssm.mul_(decay)).addcmul_(B_bar, u[..., None])
+        h = as_real(state.ssm.mul_(decay)).addcmul_(B_bar, u[..., None])
         return self.readout(((h * C).sum(-1) + self.D * u).to(x.dtype)), state
 
     def _recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +112,7 @@ class S4D(TimeInvariant[S4DConfig]):
         if dtype.is_complex:
             C = C.conj().resolve_conj()
         B_bar = system.B_bar.detach().to(dtype)
-        return system.log_decay.detach().exp().to(dtype), _as_real(B_bar), _as_real(C)
+        return system.log_decay.detach().exp().to(dtype), as_real(B_bar), as_real(C)
 
     def state_shape(self) -> tuple[int, torch.dtype]:
         n, dtype = super().state_shape()
@@ -120,8 +120,3 @@ class S4D(TimeInvariant[S4DConfig]):
             return n, dtype
         # The bilinear decay of a real state may be negative, and its logarithm is complex then.
         return self.config.d_state, dtype if self.config.discretization == "bilinear" else wide_dtype(self.D)
-
-
-def _as_real(h: Tensor) -> Tensor:
-    """(..., n) complex as (..., 2n) real numbers in the same memory."""
-    return torch.view_as_real(h).view(*h.shape[:-1], -1) if h.is_complex() else h

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
-from seqlib.ops.ssm_kernel.dense import dense_final_state, dense_state_outputs, dplr_dense, dplr_truncate
+from seqlib.ops.ssm_kernel.dense import (
+    dense_final_state,
+    dense_state_outputs,
+    dplr_dense,
+    dplr_recurrence,
+    dplr_truncate,
+)
 from seqlib.ops.ssm_kernel.discretize import DISCRETIZATIONS, discretize
 from seqlib.ops.ssm_kernel.state import final_state, state_outputs
 
@@ -21,6 +27,7 @@ __all__ = [
     "dense_state_outputs",
     "discretize",
     "dplr_dense",
+    "dplr_recurrence",
     "dplr_truncate",
     "final_state",
     "ssm_kernel_diag",

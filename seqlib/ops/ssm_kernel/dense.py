@@ -9,7 +9,7 @@ from torch import Tensor
 
 from seqlib.ops.ssm_kernel.torch_impl import block_size
 
-__all__ = ["DenseSSM", "dense_final_state", "dense_state_outputs", "dplr_dense", "dplr_truncate"]
+__all__ = ["DenseSSM", "dense_final_state", "dense_state_outputs", "dplr_dense", "dplr_recurrence", "dplr_truncate"]
 
 
 class DenseSSM(NamedTuple):
@@ -23,6 +23,35 @@ class DenseSSM(NamedTuple):
     C: Tensor
 
 
+class LowRankStep(NamedTuple):
+    """h_t = decay h_{t-1} - sum_i q_i Re(r_i . h_{t-1}) + B_bar x_t; complex decay, B_bar (d, n), q, r (rank, d, n)."""
+
+    decay: Tensor
+    q: Tensor
+    r: Tensor
+    B_bar: Tensor
+
+
+def dplr_recurrence(A: Tensor, P: Tensor, B: Tensor, dt: Tensor) -> LowRankStep:
+    """The bilinear step of diag(A) - P P* over conjugate pairs in O(n), in float64, by Woodbury's identity.
+
+    With m = 1 / (1 - dt/2 A):  decay = m (1 + dt/2 A),  q = dt/2 m P,  G = 1 + 2 Re(P* q),
+    r = G^-1 2 P* (1 + decay),  B_bar = dt m B - q G^-1 2 Re(P* dt m B).
+
+    Args:
+        A, P, B, dt: as in `ssm_kernel_dplr`.
+    """
+    A, P, B = (t.to(torch.complex128) for t in (A, P, B))
+    half = dt.to(torch.float64)[:, None] / 2
+    m = 1 / (1 - half * A)
+    decay, q, B_bar = m * (1 + half * A), half * m * P, 2 * half * m * B
+    eye = torch.eye(P.shape[0], dtype=half.dtype, device=half.device)
+    G = eye + 2 * torch.einsum("rdn,sdn->drs", P.conj(), q).real
+    left = torch.einsum("drs,sdn->rdn", torch.linalg.inv(G).to(P.dtype), 2 * P.conj())
+    B_bar = B_bar - (q * (left * B_bar).sum(-1, keepdim=True).real).sum(0)
+    return LowRankStep(decay, q, left * (1 + decay), B_bar)
+
+
 def dplr_dense(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, l_kernel: int | None) -> DenseSSM:
     """The recurrence whose kernel `ssm_kernel_dplr` makes, in float64.
 
@@ -34,27 +63,21 @@ def dplr_dense(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, l_kernel:
 
     Source: state-spaces/s4, models/s4/s4.py, SSMKernelDPLR (mode "dense"), in real coordinates.
     """
-    A, P, B, C = (t.to(torch.complex128) for t in (A, P, B, C))
-    dt = dt.to(torch.float64)[:, None, None]
-    # Re and Im of (A - P P*) h, where P* acts on the pair: P* h + conj(P* h) = 2 Re(P* h).
-    M = torch.cat(
+    decay, q, r, B_bar = dplr_recurrence(A, P, B, dt)
+    C = C.to(torch.complex128)
+    A_bar = torch.cat(
         [
-            torch.cat([torch.diag_embed(A.real), torch.diag_embed(-A.imag)], -1),
-            torch.cat([torch.diag_embed(A.imag), torch.diag_embed(A.real)], -1),
+            torch.cat([torch.diag_embed(decay.real), torch.diag_embed(-decay.imag)], -1),
+            torch.cat([torch.diag_embed(decay.imag), torch.diag_embed(decay.real)], -1),
         ],
         -2,
     )
-    whole = torch.cat([P.real, P.imag], -1)  # r d 2n
-    M = M - 2 * torch.einsum("rdn,rdm->dnm", whole, whole)
-    eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    left = eye - dt / 2 * M
-    decay = torch.linalg.solve(left, eye + dt / 2 * M)
-    B = B.expand_as(A)
-    B_bar = torch.linalg.solve(left, dt[..., 0] * torch.cat([B.real, B.imag], -1))
+    A_bar = A_bar - torch.einsum("rdn,rdm->dnm", torch.cat([q.real, q.imag], -1), torch.cat([r.real, -r.imag], -1))
     readout = 2 * torch.cat([C.real, -C.imag], -1)
     if l_kernel is not None:
-        readout = _times(torch.linalg.inv(eye - torch.linalg.matrix_power(decay, l_kernel)), readout)
-    return DenseSSM(decay, B_bar, readout)
+        eye = torch.eye(A_bar.shape[-1], dtype=A_bar.dtype, device=A_bar.device)
+        readout = _times(torch.linalg.inv(eye - torch.linalg.matrix_power(A_bar, l_kernel)), readout)
+    return DenseSSM(A_bar, torch.cat([B_bar.real, B_bar.imag], -1), readout)
 
 
 def dplr_truncate(A: Tensor, P: Tensor, C: Tensor, dt: Tensor, l_kernel: int) -> Tensor:
