@@ -16,11 +16,10 @@ from seqlib.mixers.gla import GLA
 from seqlib.mixers.kda import KDA
 from seqlib.mixers.lightning import Lightning
 from seqlib.mixers.linear_transformer import LinearTransformer
+from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.retnet import RetNet
-from seqlib.mixers.lru import LRU
-from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
