@@ -31,7 +31,10 @@ MIXERS: dict[str, type[Mixer]] = {
     "sliding_attention": SlidingAttention,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "s4": S4,
     "s4d": S4D,
+    "lru": LRU,
+    "s5": S5,
     "lightning": Lightning,
     "retnet": RetNet,
     "linear_transformer": LinearTransformer,
@@ -40,10 +43,6 @@ MIXERS: dict[str, type[Mixer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
-    "s4": S4,
-    "s4d": S4D,
-    "lru": LRU,
-    "s5": S5,
 }
 
 
