@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["PUBLISHED"]
 
-_S4_NOTE = "published with BatchNorm (ListOps and Image post-norm), real input channel for images, bidirectional"
+_S4_NOTE = "published with BatchNorm (ListOps and Image post-norm), real input channel for images"
 _S4D_NOTE = _S4_NOTE + "; the warm-up on ListOps is taken as a tenth of the steps"
 _MEGA_NOTE = (
     "published with LayerNorm, ScaleNorm or BatchNorm by task, bidirectional; warm-up taken as 5 % but for Path-X"
@@ -19,6 +19,7 @@ _MEGA_NOTE = (
 _SMALL_NOTE = "published with learned positions, LayerNorm, dropout 0.1, bidirectional; warm-up of Skyformer's configs"
 
 
+_UNPUBLISHED = "no published recipe: sizes and schedule of the small protocol"
 Rows = dict[str, tuple[Any, ...]]
 Fields = tuple[str, ...]
 
@@ -29,7 +30,9 @@ def _table(
     made = {}
     for task, row in rows.items():
         values = dict(zip(fields, row))
-        own = {"kind": mixer["kind"]} | {k: values.pop(k) for k in ("d_state",) if k in values}
+        own = {k: values.pop(k) for k in ("d_state",) if k in values}
+        if task == "pathx" and mixer["kind"] in ("s4", "s4d"):
+            own["dt_min"] = 1e-4  # without it Path-X stays at chance
         made[task] = {"mixers": {"m": mixer | own}, "protocol": protocol, "note": note, **common, **values}
     return made
 
@@ -89,19 +92,23 @@ def _small(mixer: dict[str, Any], note: str = _SMALL_NOTE) -> dict:
     return _table(mixer, note, "nys", _SMALL, _SMALL_FIELDS, mlp=mlp, schedule="linear", beta2=0.999, **_LM_STYLE)
 
 
+def _both(kind: str) -> dict[str, Any]:
+    return {"kind": kind, "bidirectional": True}
+
+
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
-    "s4": _table({"kind": "s4"}, _S4_NOTE, "s4", _S4, _FIELDS, **_EVERY),
-    "s4d": _table({"kind": "s4d"}, _S4D_NOTE, "s4", _S4D, _FIELDS, **_EVERY),
-    "s5": _table({"kind": "s5"}, _S4_NOTE, "s4", _S5, _FIELDS, **_EVERY),
+    "s4": _table(_both("s4"), _S4_NOTE, "s4", _S4, _FIELDS, **_EVERY),
+    "s4d": _table(_both("s4d"), _S4D_NOTE, "s4", _S4D, _FIELDS, **_EVERY),
+    "s5": _table(_both("s5"), _S4_NOTE, "s4", _S5, _FIELDS, **_EVERY),
     "sgconv": {
-        task: row | {"mixers": {"m": {"kind": "sgconv"}}, "note": _S4_NOTE + "; sizes of S4, as its configs start from"}
-        for task, row in _table({"kind": "sgconv"}, _S4_NOTE, "s4", _S4, _FIELDS, **_EVERY).items()
+        task: row | {"mixers": {"m": _both("sgconv")}, "note": _S4_NOTE + "; sizes of S4, as its configs start from"}
+        for task, row in _table(_both("sgconv"), _S4_NOTE, "s4", _S4, _FIELDS, **_EVERY).items()
     },
     "mega": _table(
         {"kind": "mega"}, _MEGA_NOTE, "s4", _MEGA, _FIELDS, schedule="linear", beta2=0.98, **_LM_STYLE,
     ),
     "transformer": _small({"kind": "attention", "nheads": 2, "causal": False}),
-    "transnormer": _small({"kind": "transnormer"}, _SMALL_NOTE + "; sizes of the small protocol, which its table uses"),
-    "lightning": _small({"kind": "lightning"}, "no published recipe: the small protocol's sizes"),
-    "mamba": _small({"kind": "mamba"}, "no published recipe: the small protocol's sizes and schedule"),
+    "transnormer": _small({"kind": "lightning", "variant": "transnormer", "nheads": 2}),
+    "lightning": _small({"kind": "lightning", "variant": "minimax", "nheads": 2}, _UNPUBLISHED),
+    "mamba": _small({"kind": "mamba"}, _UNPUBLISHED),
 }  # fmt: skip

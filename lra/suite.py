@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -105,7 +106,7 @@ def run_suite(
     if tier not in TIERS:
         raise ConfigError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
     plan = TIERS[tier]
-    configs = named_mixers(mixers or sorted(MIXERS))
+    configs = named_mixers(mixers or list(MIXERS), plan.d_model)
     limit = 60 * (plan.minutes if minutes is None else minutes)
     begun = time.perf_counter()
     rows: list[dict[str, Any]] = []
@@ -135,8 +136,8 @@ def run_suite(
     return result
 
 
-def named_mixers(wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Configs by the name that is shown.
+def named_mixers(wanted: Sequence[str], d_model: int) -> dict[str, dict[str, Any]]:
+    """Configs by the name that is shown; what is not said is sized for models of width `d_model`.
 
     Raises:
         ConfigError: a kind or field that does not exist.
@@ -145,8 +146,24 @@ def named_mixers(wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
     for text in wanted:
         config = json.loads(text) if text.startswith("{") else {"kind": text}
         shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for k, v in config.items())
-        found[shown] = mixer_config(config).to_dict()
+        found[shown] = sized(mixer_config(config).to_dict(), d_model)
     return found
+
+
+def sized(config: dict[str, Any], d_model: int) -> dict[str, Any]:
+    """Two heads that share d_model, and windows shorter than the sequences; defaults are made for large models."""
+    kind = config["kind"]
+    fields = {f.name: f.default for f in dataclasses.fields(MIXERS[kind].Config)}
+    wanted: dict[str, Any] = {}
+    if "nheads" in fields:
+        wanted["nheads"] = 2
+        if isinstance(fields.get("headdim"), int):
+            wanted["headdim"] = None
+    elif "headdim" in fields:
+        wanted["headdim"] = d_model  # of twice as many channels
+    if kind == "sliding_attention":
+        wanted["window"] = 16
+    return wanted | config
 
 
 def _run(

@@ -24,7 +24,7 @@ from seqlib.lra.scores import GROUPS, rows
 from seqlib.lra.store import Examples
 from seqlib.lra.synthetic import Batch
 from seqlib.lra.tasks import TASKS
-from seqlib.mixers import MIXERS
+from seqlib.mixers import MIXERS, build_mixer
 
 QUIET = Console(quiet=True)
 
@@ -271,12 +271,16 @@ def test_settings_change_recipes() -> None:
 
 
 def test_published_averages_recompute() -> None:
-    """Every row whose average was published gives it in one of the two conventions, to rounding."""
-    known = {"Performer", "FlashAttention"}  # their published averages do not follow from their own entries
+    """Every published average follows from its row in one of both conventions, but for two."""
+    wrong = set()
     for row in rows():
-        if row.published_average is not None and row.model not in known:
-            both = [row.average(False), row.average(True)]
-            assert any(v is not None and abs(v - row.published_average) < 0.13 for v in both), (row.model, both)
+        if row.published_average is not None:
+            distances = [
+                abs(v - row.published_average) for v in (row.average(False), row.average(True)) if v is not None
+            ]
+            wrong |= {row.model} if min(distances) > 0.051 and "Table 3" not in row.source else set()
+            assert min(distances) < 0.25, row.model
+    assert wrong == {"Sinkhorn", "RWKV-4"}
     transformer = next(row for row in rows("jax") if row.model == "Transformer")
     assert transformer.average(False) == pytest.approx(54.39, abs=0.01)
     assert transformer.average(True) == pytest.approx(53.66, abs=0.01)
@@ -322,6 +326,14 @@ def test_suite_ranks_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert suite.run_suite("smoke", minutes=5, **asked)["rows"] == result["rows"]
     with pytest.raises(ConfigError, match="unknown mixer kind 'x'"):
         suite.run_suite("smoke", minutes=5, **(asked | {"mixers": ["x"]}))
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_every_mixer_has_a_size_for_the_suite(kind: str) -> None:
+    for d_model in (16, 64):
+        (config,) = suite.named_mixers([kind], d_model).values()
+        mixer = build_mixer(config, d_model)
+        assert mixer.state_bytes(1, 64) < 1 << 20
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
