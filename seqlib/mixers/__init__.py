@@ -10,7 +10,9 @@ from seqlib.errors import ConfigError
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
+from seqlib.mixers.compose import Sum
 from seqlib.mixers.deltanet import DeltaNet
+from seqlib.mixers.gated_conv import GatedConv
 from seqlib.mixers.gated_deltanet import GatedDeltaNet
 from seqlib.mixers.gla import GLA
 from seqlib.mixers.kda import KDA
@@ -19,6 +21,7 @@ from seqlib.mixers.linear_transformer import LinearTransformer
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.retnet import RetNet
+from seqlib.mixers.transnormer import DiagAttention, TransNormer
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -31,10 +34,14 @@ MIXERS: dict[str, type[Mixer]] = {
     "retnet": RetNet,
     "linear_transformer": LinearTransformer,
     "based": Based,
+    "gated_conv": GatedConv,
+    "transnormer": TransNormer,
+    "diag_attention": DiagAttention,
     "gla": GLA,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
+    "sum": Sum,
 }
 
 
