@@ -188,6 +188,45 @@ def test_based_by_its_quadratic_form() -> None:
     close(m(x[None])[0][0], y.reshape(17, 12) @ m.o_proj.weight.T)
 
 
+def test_transnormer_divides_by_the_norm() -> None:
+    """T1: elu features, whose negative sums would spoil a denominator; the norm over both heads together."""
+    m = made("transnormer", 12, nheads=2, feature_map="elu")
+    x = torch.randn(17, 12, dtype=torch.float64)
+    q, k, v = ((x @ p.weight.T).view(17, 2, -1) for p in (m.q_proj, m.k_proj, m.v_proj))
+    y = torch.einsum("lhn,shn,ls,shp->lhp", F.elu(q), F.elu(k), torch.ones(17, 17).double().tril(), v).reshape(17, 12)
+    close(m(x[None])[0][0], (y / (y.norm(dim=-1, keepdim=True) / math.sqrt(12) + 1e-8)) @ m.o_proj.weight.T, 1e-7)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_diag_attention_is_attention_per_block(causal: bool) -> None:
+    m = made("diag_attention", 12, nheads=2, window=5, causal=causal)
+    whole = build_mixer({"kind": "attention", "nheads": 2, "rotary": False, "causal": causal}, 12).double()
+    whole.load_state_dict(m.state_dict())
+    x = torch.randn(2, 17, 12, dtype=torch.float64)
+    close(m(x)[0], torch.cat([whole(block)[0] for block in x.split(5, 1)], 1))
+
+
+def test_gated_deltanet_and_kda_start_as_published() -> None:
+    for kind, low in (("gated_deltanet", 1e-4), ("kda", 1.0)):
+        m = build_mixer({"kind": kind, "nheads": 64, "headdim": 4}, 32)
+        A, dt = m.A_log.exp(), F.softplus(m.dt_bias)
+        assert low <= A.min() < 3 and 12 < A.max() <= 16.001
+        assert 0.999e-3 <= dt.min() < 5e-3 and 2e-2 < dt.max() <= 0.1001
+
+
+def test_sum_adds_its_mixers() -> None:
+    configs = [{"kind": "attention", "nheads": 2}, {"kind": "mamba2", "headdim": 8, "d_state": 4}]
+    m = made("sum", 16, mixers=configs)
+    gated = made("sum", 16, mixers=configs, gate=True)
+    gated.load_state_dict(m.state_dict(), strict=False)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    want = m.mixers[0](x)[0] + m.mixers[1](x)[0]
+    close(m(x)[0], want)
+    close(gated(x)[0], want / 2)  # the gate starts at one half
+    names = [name for names, _ in m.param_groups() for name in names]
+    assert names == ["mixers.1.A_log", "mixers.1.D", "mixers.1.dt_bias"]
+
+
 def test_bidirectional_layers_refuse_to_decode() -> None:
     m = made("linear_transformer", 8, nheads=2, causal=False)
     with pytest.raises(UnsupportedInput, match="causal=False"):
@@ -212,8 +251,20 @@ def test_places_outside_the_stack_are_refused() -> None:
         ("retnet", {"nheads": 3}, "nheads must divide expand_k \\* d_model=32, got 3"),
         ("retnet", {"nheads": 32}, "rotary"),
         ("linear_transformer", {"nheads": 5}, "nheads must divide d_model=32, got 5"),
-        ("linear_transformer", {"feature_map": "exp"}, "known: elu, identity, relu, taylor"),
+        ("linear_transformer", {"feature_map": "exp"}, "known: elu, elu1, identity, relu, taylor"),
         ("linear_transformer", {"feature_map": "identity"}, "normalized=False"),
+        ("transnormer", {"normalized": True}, "linear_transformer"),
+        ("diag_attention", {"window": None}, "length of a block"),
+        ("gla", {"nheads": 5}, "nheads must divide expand_k \\* d_model=16, got 5"),
+        ("gla", {"gate_normalizer": 0.0}, "gate_normalizer must be positive"),
+        ("deltanet", {"nheads": 5}, "nheads must divide d_model=32, got 5"),
+        ("deltanet", {"expand_v": 0.1}, r"expand_v \* headdim must be at least 1, got 0.1 \* 2"),
+        ("gated_deltanet", {"nheads": 2, "nheads_v": 3}, "nheads must divide nheads_v=3, got 2"),
+        ("gated_deltanet", {"gate_activation": "tanh"}, "'silu' or 'sigmoid'"),
+        ("kda", {"nheads_v": 32}, "nheads_v must be nheads"),
+        ("kda", {"lower_bound": 5.0}, "must be negative or None, got 5.0"),
+        ("sum", {"mixers": [{"kind": "mamba"}]}, "at least two"),
+        ("sum", {"mixers": [{"kind": "mamba"}, {"kind": "mumba"}]}, "unknown mixer kind 'mumba'"),
     ],
 )
 def test_wrong_configs_are_refused(kind: str, config: dict, message: str) -> None:

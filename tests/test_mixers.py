@@ -35,6 +35,16 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 3, "headdim": 5, "expand_v": 1.0, "allow_neg_eigval": True, "gate_activation": "sigmoid"},
     ],
     "kda": [{"nheads": 4, "headdim": 8}, {"nheads": 2, "headdim": 6, "lower_bound": -5.0, "gate_rank": 4}],
+    "gated_conv": [{}, {"d_conv": 4, "expand": 1, "bias": False, "conv_bias": False}],
+    "transnormer": [{"nheads": 4}, {"nheads": 2, "feature_map": "elu"}],
+    "diag_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True}],
+    "sum": [
+        {"mixers": [{"kind": "attention", "nheads": 2}, {"kind": "mamba2", "headdim": 16, "d_state": 4}]},
+        {
+            "mixers": [{"kind": "gated_conv"}, {"kind": "sum", "mixers": [{"kind": "gla"}, {"kind": "mamba"}]}],
+            "gate": True,
+        },
+    ],
     "attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "qk_norm": True}, {"nheads": 2, "rotary": False}],
     "sliding_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3}],
     "s4": [

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FEATURE_MAPS", "feature_size", "taylor"]
+__all__ = ["FEATURE_MAPS", "SIGNED", "feature_size", "taylor"]
 
 
 def taylor(x: Tensor) -> Tensor:
@@ -27,9 +27,12 @@ def taylor(x: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(x[..., :1]), x * d**-0.25, pairs, x.square() * (2 * d) ** -0.5], -1)
 
 
+SIGNED = ("identity", "elu")
+"""Maps with negative values, whose sums are no denominator."""
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
-    "elu": lambda x: F.elu(x) + 1,
+    "elu": F.elu,
+    "elu1": lambda x: F.elu(x) + 1,
     "relu": F.relu,
     "taylor": taylor,
 }

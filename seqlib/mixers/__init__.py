@@ -10,7 +10,9 @@ from seqlib.errors import ConfigError
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
+from seqlib.mixers.compose import Sum
 from seqlib.mixers.deltanet import DeltaNet
+from seqlib.mixers.gated_conv import GatedConv
 from seqlib.mixers.gated_deltanet import GatedDeltaNet
 from seqlib.mixers.gla import GLA
 from seqlib.mixers.kda import KDA
@@ -23,6 +25,7 @@ from seqlib.mixers.retnet import RetNet
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
+from seqlib.mixers.transnormer import DiagAttention, TransNormer
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -39,10 +42,14 @@ MIXERS: dict[str, type[Mixer]] = {
     "retnet": RetNet,
     "linear_transformer": LinearTransformer,
     "based": Based,
+    "gated_conv": GatedConv,
+    "transnormer": TransNormer,
+    "diag_attention": DiagAttention,
     "gla": GLA,
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
+    "sum": Sum,
 }
 
 

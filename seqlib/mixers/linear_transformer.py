@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.errors import ConfigError, UnsupportedInput
-from seqlib.layers.feature_maps import FEATURE_MAPS, feature_size
+from seqlib.layers.feature_maps import FEATURE_MAPS, SIGNED, feature_size
 from seqlib.layers.init import linear_
 from seqlib.layers.linear import Linear
 from seqlib.mixers.base import MixerConfig, positive
@@ -29,8 +29,8 @@ class LinearTransformerConfig(MixerConfig):
     nheads: int = 8
     d_feature: int | None = None
     """Width of each query and key before the feature map; None is d_model / nheads, the width of the values."""
-    feature_map: str = "elu"
-    """"elu" (elu(x) + 1), "relu", "taylor" (see `layers.feature_maps`) or "identity"."""
+    feature_map: str = "elu1"
+    """"elu1" (elu(x) + 1), "relu" or "taylor" (see `layers.feature_maps`); unnormalised also "elu" and "identity"."""
     normalized: bool = True
     """Divide by phi(q) . sum of phi(k) + eps."""
     eps: float = 1e-6
@@ -44,8 +44,8 @@ class LinearTransformerConfig(MixerConfig):
             raise ConfigError(
                 f"{self.kind}: unknown feature_map {self.feature_map!r}; known: {', '.join(sorted(FEATURE_MAPS))}"
             )
-        if self.feature_map == "identity" and self.normalized:
-            raise ConfigError(f"{self.kind}: identity features have no denominator; set normalized=False")
+        if self.feature_map in SIGNED and self.normalized:
+            raise ConfigError(f"{self.kind}: {self.feature_map} features can be negative; set normalized=False")
 
 
 class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
