@@ -152,7 +152,10 @@ struct Backward {
 
   void row(const float* S, float* grads, int64_t n, int64_t r, const Columns& columns_of) {
     const Columns x = columns_of;  // stores below might change what a reference refers to
-    vf sum[dots] = {}, k_in[C], q_in[C], whole = splat(tile.whole[n]);
+    vf sum[dots], k_in[C], q_in[C], whole = splat(tile.whole[n]);
+#pragma GCC unroll 16
+    for (vf& s : sum) s = vf{};
+#pragma GCC unroll 4
     for (int t = 0; t < C; ++t) {
       k_in[t] = splat(tile.in[t][n]);
       q_in[t] = splat(tile.in[C + t][n]);
@@ -173,6 +176,7 @@ struct Backward {
         if constexpr (D != Decay::none) sum[3 * C] += grad * s;
         store(grads + j * W, next);
       }
+#pragma GCC unroll 16
     for (int i = 0; i < dots; ++i) made.partial[i][r] = sum[i];
   }
 

@@ -47,7 +47,7 @@ inline void put(T* p, vf v, int64_t lanes) {
     store_n(p, v, static_cast<int>(lanes));
 }
 
-// One head's tokens.
+// One head of one row of the batch.
 struct Head {
   int64_t b, h;
 };
