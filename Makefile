@@ -16,8 +16,9 @@ JOBS ?= 2
 demo: .venv/installed
 	$(BIN)/seqlib-lm demo
 
+# One thread per worker: threads that wait for each other on shared cores cost more than they bring.
 test: .venv/installed
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 test-long: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -2,54 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seqlib.bench import Peer, Timing, interleaved, limits, machine
 from seqlib.errors import SeqlibError
 
-__all__ = ["Timing", "bench_mamba", "interleaved"]
+__all__ = ["OP_PEERS", "bench_mamba", "report_mamba"]
 
 
-@dataclass
-class Timing:
-    """Seconds of repeated runs: wall clock and processor time of all threads."""
-
-    wall: list[float]
-    cpu: list[float]
-
-    def as_dict(self) -> dict[str, float]:
-        return {
-            "wall_s": statistics.median(self.wall),
-            "wall_min_s": min(self.wall),
-            "cpu_s": statistics.median(self.cpu),
-            "repeats": len(self.wall),
-        }
+def _scan_channels_first(t: dict[str, Any]) -> dict[str, Any]:
+    timed = {"hidden_states": "x", "dt": "dt", "B": "B", "C": "C", "z": "z"}
+    made = {name: t[ours].transpose(1, 2).contiguous() for name, ours in timed.items()}
+    return made | {"A": t["A"], "D": t["D"], "delta_bias": t["dt_bias"], "delta_softplus": t["dt_softplus"]}
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int, budget: float) -> dict[str, Timing]:
-    """Time several functions in turns, so that a disturbance of the machine meets them all.
+def _scan(**arguments: Any) -> Tensor:
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-    A function stops taking part once it has used `budget` seconds, after at least one timed run.
-    """
-    timings = {name: Timing([], []) for name in runs}
-    for run in runs.values():
-        run()  # warm-up: caches, thread pools, compiled kernels
-    for _ in range(repeats):
-        for name, run in runs.items():
-            if timings[name].wall and sum(timings[name].wall) > budget:
-                continue
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            timings[name].wall.append(time.perf_counter() - wall)
-            timings[name].cpu.append(time.process_time() - cpu)
-    return timings
+    return mamba_selective_scan(**arguments).transpose(1, 2)
+
+
+# For `seqlib.bench.report`, which may not import transformers itself.
+OP_PEERS = {"selective_scan": {"transformers": Peer(_scan_channels_first, _scan)}}
 
 
 def _pair(n_layer: int) -> tuple[nn.Module, nn.Module]:
@@ -94,6 +76,18 @@ def bench_mamba(
     models = dict(zip(("seqlib", "transformers"), _pair(train_layers)))
     steps = {name: _training_step(model, ids) for name, model in models.items()}
     return report | {"train": _ratio(interleaved(steps, repeats, budget))}
+
+
+def report_mamba(json_file: Path | None, *, repeats: int, budget: float) -> None:
+    """Run `bench_mamba`, print what is asked most, and write everything to `json_file`."""
+    count = torch.get_num_threads()
+    report: dict[str, Any] = {"machine": machine(), "options": {"threads": count}, "limits": limits(count)}
+    report["mamba_130m"] = made = bench_mamba(repeats=repeats, budget=budget)
+    for kind in ("forward", "train", "decode"):
+        ours, theirs = (1e3 * made[kind][name]["wall_s"] for name in ("seqlib", "transformers"))
+        print(f"{kind:<8} seqlib {ours:8.0f} ms   transformers {theirs:8.0f} ms   {made[kind]['ratio']:.1f}x")
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 @torch.no_grad()

@@ -34,8 +34,10 @@ Column = Annotated[str | None, typer.Option(help="Text column of data sets.")]
 @app.command()
 def train(
     sources: Sources = None,
-    recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "demo",
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name of a recipe; default: demo.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder to create.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to continue; nothing else is given then.")] = None,
     suffix: Suffix = None,
@@ -45,18 +47,18 @@ def train(
     from . import train as training
     from .recipes import RECIPES, override
 
-    console = Console()
+    console = _console()
     if resume is not None:
-        if sources or settings or output or suffix or column:
+        if sources or recipe or settings or output or suffix or column:
             raise ConfigError("--resume takes text and recipe from the run folder; leave out everything else")
         run = training.resume(resume, console=console)
     else:
-        if recipe not in RECIPES:
+        if (recipe or "demo") not in RECIPES:
             raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
         if output is None:
             raise ConfigError("say where the run goes with --output FOLDER")
-        chosen = override(RECIPES[recipe](), settings or [])
-        data = training.DataSpec(tuple(sources or ()), tuple(suffix or ()), column)
+        chosen = override(RECIPES[recipe or "demo"](), settings or [])
+        data = training.DataSpec.of(sources or (), suffix or (), column)
         corpus = data.read(chosen)
         tell_corpus(console, corpus)
         run = training.train(chosen, data, output, console=console, corpus=corpus)
@@ -67,7 +69,9 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder or hub name.")],
     sources: Sources = None,
-    split: Annotated[str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")
+    ] = None,
     chunk: Annotated[int, typer.Option(help="Tokens per forward; bounds memory and changes nothing else.")] = 2048,
     max_bytes: Annotated[int | None, typer.Option(help="Stop after the document that reaches it.")] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
@@ -75,7 +79,10 @@ def evaluate(
     suffix: Suffix = None,
     column: Column = None,
 ) -> None:
-    """Bits per byte and perplexity, the state carried through whole documents."""
+    """Bits per byte and perplexity, the state carried through whole documents.
+
+    Every byte counts; the first of a document is predicted from the token that stands before each document.
+    """
     from .corpus import read_corpus, read_documents
     from .data import tokenize
     from .evaluate import evaluate as score
@@ -86,11 +93,13 @@ def evaluate(
         documents = list(read_corpus(sources, seed=seed, suffixes=suffix or (), column=column).split(split))
     elif sources:
         documents = read_documents(sources, suffixes=suffix or (), column=column)
+    elif not (Path(model) / "recipe.json").is_file():
+        raise ConfigError(f"{model} is no run folder that knows its test text; say which text to evaluate on")
     else:
         documents = list(open_run(Path(model)).corpus().split(split or "test"))
     loaded, tokenizer = load_model(model)
     found = score(loaded, tokenize(documents, tokenizer), chunk=chunk, max_bytes=max_bytes)
-    Console().print(evaluation_table(found))
+    _console().print(evaluation_table(found))
     if output is not None:
         output.write_text(json.dumps({"model": model, "chunk": chunk} | found.to_dict(), indent=2) + "\n")
 
@@ -119,15 +128,44 @@ def generate(
 
 
 @app.command()
+def bench(
+    what: Annotated[
+        list[str] | None, typer.Argument(help="Ops, or mamba-130m for whole models; none: all ops.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for ops.")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 15,
+    budget: Annotated[float, typer.Option(help="Seconds for each contender and comparison.")] = 5.0,
+) -> None:
+    """Time ops and models beside their peers in transformers, each checked for equal results first."""
+    from seqlib.bench import report
+
+    from .bench import OP_PEERS, report_mamba
+
+    if what == ["mamba-130m"]:
+        report_mamba(json_file, repeats=repeats, budget=budget)
+        return
+    arguments = [*(what or []), "--dtype", dtype, "--repeats", str(repeats), "--budget", str(budget)]
+    raise typer.Exit(report.main([*arguments, *(["--json", str(json_file)] if json_file else [])], peers=OP_PEERS))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Run folder; an earlier demo in it is replaced.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="Training time that the number of steps is fitted to.")] = 4.0,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")] = None,
+    minutes: Annotated[float, typer.Option(help="Time for everything; training gets what the rest leaves.")] = 5.0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
+    ] = None,
 ) -> None:
     """Train on Python's own sources, compare with an n-gram model, save, load, generate."""
     from .demo import run_demo
 
-    run_demo(output, minutes=minutes, settings=settings or [], console=Console())
+    run_demo(output, minutes=minutes, settings=settings or [], console=_console())
+
+
+def _console() -> Console:
+    """No markup, because names of files are printed; no wrapping, because lines may be read by programs."""
+    return Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def tell_corpus(console: Console, corpus: Corpus) -> None:
@@ -156,14 +194,12 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         app()
     except (SeqlibError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted; a training run continues with `seqlib-lm train --resume FOLDER`", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def read_corpus(
         raise CorpusError(f"held_out must lie between 0 and 0.5, got {held_out}")
     loose, given, skipped = _gather(sources, suffixes, column)
     parts = _split(_distinct(loose, skipped), seed, held_out, given)
-    return Corpus(*(tuple(parts[split]) for split in SPLITS), tuple(skipped))
+    return _corpus(parts, skipped)
 
 
 def read_documents(
@@ -109,13 +110,13 @@ def stdlib_corpus(*, seed: int = 0, train_bytes: int = 4_000_000, held_out_bytes
         CorpusError: this Python comes without its sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+    left_out = {
+        "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
+    }  # fmt: skip
     documents: list[Document] = []
     skipped: list[tuple[str, str]] = []
-    for file in _files(root, [".py"]):
-        name = file.relative_to(root)
-        if not left_out & set(name.parts):
-            _take_file(file, name.as_posix(), documents, skipped)
+    for file in _files(root, [".py"], left_out):
+        _take_file(file, file.relative_to(root).as_posix(), documents, skipped)
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
     room = {"test": held_out_bytes, "validation": held_out_bytes, "train": train_bytes}
     for document in _shuffled(_distinct(documents, skipped), seed):
@@ -128,7 +129,11 @@ def stdlib_corpus(*, seed: int = 0, train_bytes: int = 4_000_000, held_out_bytes
             f"found {len(documents)} source files of the standard library under {root}; this Python seems to come "
             "without its sources: use another one, or train on your own text with `seqlib-lm train PATH`"
         )
-    return Corpus(*(tuple(parts[split]) for split in SPLITS), tuple(skipped))
+    return _corpus(parts, skipped)
+
+
+def _corpus(parts: dict[str, list[Document]], skipped: list[tuple[str, str]]) -> Corpus:
+    return Corpus(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), tuple(skipped))
 
 
 def _gather(
@@ -141,13 +146,13 @@ def _gather(
     for source in map(str, sources):
         path = Path(source)
         if path.is_file():
-            _take_file(path, source, loose, skipped)
+            _take_file(path, path.name, loose, skipped)
         elif path.is_dir() and not _is_saved_dataset(path):
             for file in _files(path, suffixes):
                 _take_file(file, file.relative_to(path).as_posix(), loose, skipped)
         else:
             for split, documents in _dataset(source, column, skipped).items():
-                (given[split] if split in given else loose).extend(documents)
+                given.get(split, loose).extend(documents)
     if not loose and not any(given.values()):
         raise CorpusError(_nothing_left(sources, skipped))
     return loose, given, skipped
@@ -175,12 +180,13 @@ def why_not_text(data: bytes) -> str | None:
     return None
 
 
-def _files(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        wanted = not suffixes or path.name.endswith(tuple(suffixes))
-        if wanted and path.is_file() and not any(p.startswith(".") or p == "__pycache__" for p in parts):
-            yield path
+def _files(root: Path, suffixes: Sequence[str], left_out: Set[str] = frozenset()) -> Iterator[Path]:
+    """The files below `root` in a fixed order, without hidden ones and without folders of the names `left_out`."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in {"__pycache__"} | left_out)
+        for name in sorted(names):
+            if not name.startswith(".") and (not suffixes or name.endswith(tuple(suffixes))):
+                yield Path(folder, name)
 
 
 def _take_file(path: Path, name: str, into: list[Document], skipped: list[tuple[str, str]]) -> None:
@@ -215,7 +221,7 @@ def _dataset(source: str, column: str | None, skipped: list[tuple[str, str]]) ->
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CorpusError(
-                f"{source!r} is neither a file nor a folder here, and no data set of that name could be loaded: {reason}"
+                f"{source!r} is no file and no folder here, and no data set of that name could be loaded: {reason}"
             ) from error
     splits = loaded if isinstance(loaded, dict) else {"all": loaded}
     return {split: list(_rows(f"{source}/{split}", table, column, skipped)) for split, table in splits.items()}
@@ -228,7 +234,7 @@ def _rows(name: str, table: Any, column: str | None, skipped: list[tuple[str, st
         raise CorpusError(f"{name}: name the text column with --column, one of: {', '.join(strings) or '(no strings)'}")
 
     def load(row: int) -> Callable[[], bytes]:
-        return lambda: table[row][column].encode()
+        return lambda: table[row][column].encode()  # noqa: PLW0108 - a row is read when it is wanted, not now
 
     for row, text in enumerate(table[column]):
         if text:
@@ -245,10 +251,12 @@ def _shuffled(documents: Iterable[Document], seed: int) -> list[Document]:
 def _split(
     loose: list[Document], seed: int, held_out: float, given: dict[str, list[Document]]
 ) -> dict[str, list[Document]]:
-    """Fill the splits that were not given from `loose`, whole documents where they fit and the end of a long one else."""
+    """Fill the splits that were not given: with whole documents of `loose`, or the end of a long one if none fits."""
     parts = {split: list(documents) for split, documents in given.items()}
     wanted = [split for split in ("test", "validation") if not parts[split]]
-    share = int(held_out * sum(d.nbytes for d in (*loose, *parts["train"])))
+    if wanted:
+        loose, parts["train"] = loose + parts["train"], []
+    share = int(held_out * sum(d.nbytes for d in loose))
     room = dict.fromkeys(wanted, share)
     for document in _shuffled(loose, seed):
         split = next((split for split in wanted if document.nbytes <= room[split]), "train")

@@ -86,7 +86,9 @@ class PackedRows(Dataset):
         if seqlen < 2:
             raise ConfigError(f"seqlen must be at least 2, got {seqlen}")
         if len(tokens) < seqlen:
-            raise CorpusError(f"the text has {len(tokens)} tokens, less than one row of {seqlen}; lower seqlen or add text")
+            raise CorpusError(
+                f"the text has {len(tokens)} tokens, less than one row of {seqlen}; lower seqlen or add text"
+            )
         self.tokens, self.seqlen = tokens, seqlen
 
     def __len__(self) -> int:
@@ -122,7 +124,9 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"tokenizer {name!r} cannot be loaded ({reason}); use 'bytes', a folder or a hub name") from error
+        raise ConfigError(
+            f"tokenizer {name!r} cannot be loaded ({reason}); use 'bytes', a folder or a hub name"
+        ) from error
 
 
 def start_token(tokenizer: Any) -> int:
@@ -184,5 +188,7 @@ def tokenize(documents: Sequence[Document], tokenizer: Any, cache_dir: Path | No
 def _cache_key(documents: Sequence[Document], tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    text = "\n".join([type(tokenizer).__name__, vocabulary, str(start_token(tokenizer)), *(d.digest for d in documents)])
+    text = "\n".join(
+        [type(tokenizer).__name__, vocabulary, str(start_token(tokenizer)), *(d.digest for d in documents)]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -12,10 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from seqlib.errors import ConfigError
 
@@ -26,19 +28,21 @@ from .generate import generate
 from .ngram import NGram
 from .progress import read_metrics, write_aside
 from .recipes import Recipe, demo, override
-from .train import DataSpec, Run, train
+from .train import DataSpec, train
 
 __all__ = ["run_demo"]
 
 _ORDERS = (2, 4, 6)
-_TRIAL_STEPS = 6
+_TRIAL_STEPS = 10
+_REST_SECONDS = 15.0
 
 
 def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: Console) -> None:
     """Run the demonstration into `output`, replacing an earlier one there.
 
     Args:
-        minutes: training time; the number of steps is fitted to it unless `settings` say `steps=`.
+        minutes: time for everything, compiling the kernels included. Training gets what the rest leaves of it, and the
+            number of steps is fitted to that unless `settings` say `steps=`.
 
     Raises:
         ConfigError: `output` holds something that is no run, or a setting is wrong.
@@ -47,11 +51,12 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
         raise ConfigError(f"minutes must be positive, got {minutes}")
     if output.exists() and any(output.iterdir()) and not (output / "recipe.json").is_file():
         raise ConfigError(f"{output} holds something that is no run; give another --output")
+    end = time.perf_counter() + 60 * minutes
     seconds: dict[str, float] = {}
 
     @contextmanager
     def section(title: str) -> Iterator[None]:
-        console.print(f"\n[bold]{title}[/bold]")
+        console.print(f"\n{title}", style="bold")
         begun = time.perf_counter()
         yield
         seconds[title] = time.perf_counter() - begun
@@ -60,7 +65,9 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
     data = DataSpec()
     with section("Text: the standard library of this Python"):
         corpus = data.read(recipe)
-        texts = {split: [document.read() for document in corpus.split(split)] for split in ("train", "validation", "test")}
+        texts = {
+            split: [document.read() for document in corpus.split(split)] for split in ("train", "validation", "test")
+        }
         for split, documents in texts.items():
             console.print(f"{split:<11}{len(documents):>5} files {sum(map(len, documents)):>11,} bytes")
 
@@ -71,51 +78,77 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
             rows.append((f"{order}-gram, Kneser-Ney", model.bits_per_byte(texts["test"])))
             console.print(f"{rows[-1][0]}: {rows[-1][1]:.3f} bits per byte")
 
+    limit = _TimeLimit(math.inf)
     if not any(setting.split("=")[0].strip() == "steps" for setting in settings):
         with section("Speed of this machine"):
-            recipe = _fitted(recipe, data, corpus, minutes, console)
+            recipe, limit = _fitted(recipe, data, corpus, end, console)
 
     with section("Training"):
         if output.exists():
             shutil.rmtree(output)
-        run = train(recipe, data, output, console=console, corpus=corpus)
+        run = train(recipe, data, output, console=console, corpus=corpus, callbacks=[limit])
+        if limit.stopped_at:
+            console.print(f"stopped at step {limit.stopped_at} of {recipe.steps}: this machine became slower")
 
     with section("Loading again with AutoModelForCausalLM.from_pretrained"):
-        loaded = AutoModelForCausalLM.from_pretrained(run.model)
+        loaded = AutoModelForCausalLM.from_pretrained(run.model).eval()
         tokenizer = AutoTokenizer.from_pretrained(run.model)
         nparameters = sum(p.numel() for p in loaded.parameters())
         console.print(f"{type(loaded).__name__} from {run.model}: {nparameters:,} parameters, {recipe.layer_pattern!r}")
 
     with section("Evaluation of the loaded model on the test files"):
         found = evaluate(loaded, tokenize(corpus.test, tokenizer))
-        rows.append((f"this model, {recipe.steps:,} steps", found.bits_per_byte))
+        rows.append((f"this model, {limit.stopped_at or recipe.steps:,} steps", found.bits_per_byte))
         for bucket in found.buckets:
-            console.print(f"bytes {bucket.begin:>7,} to {bucket.end - 1:>7,}: {bucket.bits_per_token:.3f} bits per byte")
+            console.print(
+                f"bytes {bucket.begin:>7,} to {bucket.end - 1:>7,}: {bucket.bits_per_token:.3f} bits per byte"
+            )
 
     with section("Generation"):
-        made = generate(loaded, tokenizer, b"def ", max_new_tokens=300, temperature=0.6, seed=recipe.seed, out=sys.stdout)
-        console.print(f"[dim]{made.new_tokens} bytes, {made.tokens_per_s:.0f} per second[/dim]")
+        made = generate(
+            loaded, tokenizer, b"def ", max_new_tokens=300, temperature=0.8, seed=recipe.seed, out=sys.stdout
+        )
+        console.print(f"{made.new_tokens} bytes, {made.tokens_per_s:.0f} per second")
 
     table = Table("on the test files", "bits per byte", title="Result")
     for name, bits in rows:
         table.add_row(name, f"{bits:.3f}")
     console.print("", table)
-    console.print("seconds: " + ", ".join(f"{title.split(':')[0].split(' with')[0]} {s:.0f}" for title, s in seconds.items()))
+    console.print(
+        "seconds: " + ", ".join(f"{title.split(':')[0].split(' with')[0]} {s:.0f}" for title, s in seconds.items())
+    )
     console.print(f"total {sum(seconds.values()):.0f} s; model, metrics and plot are in {output}")
     result = {"bits_per_byte": dict(rows), "seconds": seconds, "parameters": nparameters, "test": found.to_dict()}
     write_aside(output / "demo.json", json.dumps(result, indent=2) + "\n")
 
 
-def _fitted(recipe: Recipe, data: DataSpec, corpus: Corpus, minutes: float, console: Console) -> Recipe:
-    """The recipe with as many steps as fit into `minutes` here, at most its own number; a short trial run tells."""
+class _TimeLimit(TrainerCallback):
+    """Ends a run that takes longer than its trial promised."""
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+        self.stopped_at = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        logged = state.global_step >= state.logging_steps
+        if logged and time.perf_counter() > self.end and state.global_step < state.max_steps:
+            self.stopped_at = state.global_step
+            control.should_training_stop = True
+
+
+def _fitted(recipe: Recipe, data: DataSpec, corpus: Corpus, end: float, console: Console) -> tuple[Recipe, _TimeLimit]:
+    """The recipe with as many steps, up to its own number, as fit here before `end`; a short trial run tells."""
     with tempfile.TemporaryDirectory() as folder:
         trial = dataclasses.replace(recipe, steps=_TRIAL_STEPS, log_every=1, save_every=_TRIAL_STEPS)
         run = train(trial, data, Path(folder) / "trial", console=Console(quiet=True), corpus=corpus)
         elapsed = [row["elapsed_s"] for row in read_metrics(run.metrics)]
     per_step = (elapsed[-1] - elapsed[1]) / (len(elapsed) - 2)  # the first steps also load kernels
-    steps = max(recipe.log_every, min(recipe.steps, int(minutes * 60 / per_step)))
+    # Scoring the test files costs at most half a step on as many bytes; loading, plotting and generating are quick.
+    end -= per_step / 2 * corpus.nbytes("test") / (recipe.batch_size * recipe.seqlen) + _REST_SECONDS
+    left = end - time.perf_counter()
+    steps = max(recipe.log_every, min(recipe.steps, int(0.95 * left / per_step)))
     console.print(f"{per_step:.2f} s per step of {recipe.batch_size * recipe.seqlen:,} bytes: {steps:,} steps")
-    return dataclasses.replace(recipe, steps=steps)
+    return dataclasses.replace(recipe, steps=steps, warmup_steps=min(recipe.warmup_steps, steps // 10)), _TimeLimit(end)
 
 
 def _gzip(documents: Sequence[bytes]) -> float:

@@ -85,7 +85,7 @@ def _evaluate(
     if len(tokens) == tokens.ndocuments:
         raise CorpusError("there are no tokens to score; give at least one document that is not empty")
     longest = int(tokens.lengths.max())
-    sums = torch.zeros(_bucket(torch.tensor(longest)) + 1, dtype=torch.float64)
+    sums = torch.zeros(int(_bucket(torch.tensor(longest))) + 1, dtype=torch.float64)
     counts = torch.zeros_like(sums)
     ndocuments = nbytes = 0
     _check_cache(model, tokens)
@@ -118,7 +118,7 @@ def _evaluate(
 
 @torch.no_grad()
 def score(model: Any, ids: Tensor, *, chunk: int = 2048) -> Tensor:
-    """Negative log-likelihood in nats of ids[1:], each given all before it: (seqlen,) int64 -> (seqlen - 1,) float64."""
+    """Negative log-likelihood in nats of ids[1:], each given all before it: (seqlen,) -> (seqlen - 1,) float64."""
     if chunk < 1:
         raise UnsupportedInput(f"chunk must be at least 1 token, got {chunk}")
     device = model.device
@@ -153,12 +153,16 @@ def _check_cache(model: Any, tokens: Tokens) -> None:
 
 
 def _no_cache(model: Any) -> str:
-    return f"{type(model).__name__} returns no past_key_values, so its state cannot be carried; use a model with a cache"
+    return (
+        f"{type(model).__name__} returns no past_key_values, so its state cannot be carried; use a model with a cache"
+    )
 
 
 def _bucket(position: Tensor) -> Tensor:
     """0 for positions below 64, then one more for each doubling."""
-    return torch.floor(torch.log2((position // _FIRST_BUCKET).clamp(min=1).double()) + (position >= _FIRST_BUCKET)).long()
+    return torch.floor(
+        torch.log2((position // _FIRST_BUCKET).clamp(min=1).double()) + (position >= _FIRST_BUCKET)
+    ).long()
 
 
 def _edge(bucket: int) -> int:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import seqlib.hf
-from seqlib.errors import CheckpointMismatch, ConfigError, UnsupportedInput
+from seqlib.errors import CheckpointMismatch, ConfigError, SeqlibError, UnsupportedInput
 
 from .data import start_token
 
@@ -48,15 +48,20 @@ def load_model(path: str) -> tuple[Any, Any]:
         if not Path(path).is_dir():
             raise ConfigError(f"{Path(path).parent} is not finished; continue it with `seqlib-lm train --resume`")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except SeqlibError:
+        raise
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"no model could be loaded from {path!r}: {reason}") from error
+    model, info = loaded
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if wrong:
-        raise CheckpointMismatch(f"the weights in {path!r} do not make up the model: {wrong}; get a complete checkpoint")
-    return model.eval(), tokenizer
+        raise CheckpointMismatch(
+            f"the weights in {path!r} do not make up the model: {wrong}; get a complete checkpoint"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def generate(

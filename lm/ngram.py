@@ -14,7 +14,7 @@ __all__ = ["NGram"]
 
 MAX_ORDER = 7  # seven symbols of 9 bits fit into one int64
 _START = 256  # the symbol that stands before a document, so that its first byte has a context too
-_DISCOUNTS = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_DISCOUNTS = (0.02, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # never 0, which would make unseen bytes impossible
 _STRENGTHS = (0.0, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0)
 
 Ints = NDArray[np.int64]
@@ -133,8 +133,7 @@ class NGram:
         for (count, total, kinds), discount, strength in zip(found, self.discounts, self.strengths):
             mixed = np.maximum(count - discount, 0) + (discount * kinds + strength) * p
             p = np.where(total > 0, mixed / np.where(total > 0, total + strength, 1), p)
-        with np.errstate(divide="ignore"):  # a discount of 0 may leave a byte impossible: infinite bits, never chosen
-            return float(-np.log2(p).mean())
+        return float(-np.log2(p).mean())
 
 
 def _mask(order: int) -> int:

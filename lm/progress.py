@@ -8,10 +8,11 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from seqlib.errors import SeqlibError
@@ -44,8 +45,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 class MetricsCallback(TrainerCallback):
     """Appends a JSON line per log to `metrics.jsonl` and stops a run whose loss is no longer a number.
 
-    Keys: step, tokens, loss (nats per token), bits_per_byte, grad_norm, learning_rate, tokens_per_s, elapsed_s; lines of
-    evaluations have step and eval_*. On resume, lines after the checkpoint are dropped: they are computed again.
+    Keys: step, tokens, loss (nats per token), bits_per_byte, grad_norm, learning_rate, tokens_per_s (of the steps since
+    the line before, without saving and evaluating), elapsed_s; lines of evaluations have step and eval_*. On resume,
+    lines after the checkpoint are dropped: they are computed again.
     """
 
     def __init__(self, path: Path, tokens_per_step: int, bytes_per_token: float) -> None:
@@ -57,7 +59,8 @@ class MetricsCallback(TrainerCallback):
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
         write_aside(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.earlier_s = max((row.get("elapsed_s", 0.0) for row in kept), default=0.0)
-        self.first_step, self.begun, self.busy_s = state.global_step, time.perf_counter(), 0.0
+        self.begun = time.perf_counter()
+        self.logged_step, self.busy_s = state.global_step, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step_begun = time.perf_counter()
@@ -74,7 +77,8 @@ class MetricsCallback(TrainerCallback):
                     f"the loss is {loss} at step {state.global_step}; earlier checkpoints are untouched: "
                     "start again with a lower learning_rate, a longer warm-up or tighter clipping"
                 )
-            steps = state.global_step - self.first_step
+            tokens_per_s = (state.global_step - self.logged_step) * self.tokens_per_step / self.busy_s
+            self.logged_step, self.busy_s = state.global_step, 0.0
             row = {
                 "step": state.global_step,
                 "tokens": state.global_step * self.tokens_per_step,
@@ -82,7 +86,7 @@ class MetricsCallback(TrainerCallback):
                 "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
                 "grad_norm": logs.get("grad_norm"),
                 "learning_rate": logs.get("learning_rate"),
-                "tokens_per_s": round(steps * self.tokens_per_step / self.busy_s, 1),
+                "tokens_per_s": round(tokens_per_s, 1),
                 "elapsed_s": round(self.earlier_s + time.perf_counter() - self.begun, 3),
             }
         elif any(key.startswith("eval_") for key in logs):
@@ -106,8 +110,8 @@ class ProgressCallback(TrainerCallback):
         if not self.console.is_terminal:
             return
         self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            BarColumn(bar_width=10), TextColumn("{task.completed}/{task.total}  {task.fields[figures]}"),
+            TimeRemainingColumn(), TextColumn("left"), console=self.console,
         )  # fmt: skip
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
         self.bar.start()
@@ -116,13 +120,15 @@ class ProgressCallback(TrainerCallback):
         if self.bar:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        row = self.metrics.latest
-        if "loss" not in row:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs, row = logs or {}, self.metrics.latest
+        if "eval_bits_per_byte" in logs:
+            self.console.print(
+                f"step {state.global_step}: {logs['eval_bits_per_byte']:.3f} bits/byte on validation text"
+            )
+        if "loss" not in logs:
             return
         figures = f"loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  {row['tokens_per_s']:,.0f} tokens/s"
-        if "eval_bits_per_byte" in row:
-            figures += f"  held-out {row['eval_bits_per_byte']:.3f}"
         if self.bar:
             self.bar.update(self.task, figures=figures)
             return
@@ -150,19 +156,13 @@ def plot_loss(metrics: Path, png: Path) -> None:
     train = [(row["tokens"], row["bits_per_byte"]) for row in rows if "loss" in row]
     if not train:
         return
-    per_step = {row["step"]: row["tokens"] for row in rows if "loss" in row}
-    held_out = [
-        (per_step[row["step"]], row["eval_bits_per_byte"])
-        for row in rows
-        if "eval_bits_per_byte" in row and row["step"] in per_step
-    ]
-    smooth, average = [], train[0][1]
-    for _, value in train:
-        average += 0.1 * (value - average)
-        smooth.append(average)
+    per_step = next(row["tokens"] / row["step"] for row in rows if "loss" in row)
+    held_out = [(row["step"] * per_step, row["eval_bits_per_byte"]) for row in rows if "eval_bits_per_byte" in row]
+    tokens, values = zip(*train)
+    reach = len(values) // 50
+    smooth = [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    tokens, values = zip(*train)
     axes.plot(tokens, values, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(tokens, smooth, color="tab:blue", label="training, smoothed")
     if held_out:

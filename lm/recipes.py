@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -25,7 +26,7 @@ class Recipe:
     d_model: int = 256
     n_layer: int = 6
     layer_pattern: str = "m m a"
-    mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: json.loads(json.dumps(_HYBRID)))
+    mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: copy.deepcopy(_HYBRID))
     mlp: Mapping[str, Any] | None = None
     tie_embeddings: bool = True
     tokenizer: str = "bytes"
@@ -100,10 +101,10 @@ def demo() -> Recipe:
         d_model=192,
         n_layer=6,
         seqlen=512,
-        batch_size=8,
-        steps=600,
-        learning_rate=3e-3,
-        warmup_steps=30,
+        batch_size=4,
+        steps=4000,  # the demo takes as many of them as fit into its minutes
+        learning_rate=4e-3,
+        warmup_steps=60,
         save_every=200,
     )
 
@@ -137,7 +138,9 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         if name not in types or name == "name":
             near = difflib.get_close_matches(name, types, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(f"a recipe has no field {name!r}; {hint}known: {', '.join(n for n in types if n != 'name')}")
+            raise ConfigError(
+                f"a recipe has no field {name!r}; {hint}known: {', '.join(n for n in types if n != 'name')}"
+            )
         value = _parse(text.strip())
         if path:
             value = _replaced(key, changes.get(name, getattr(recipe, name)), path, value)
@@ -155,21 +158,23 @@ def _parse(text: str) -> Any:
 def _replaced(key: str, tree: Any, path: list[str], value: Any) -> dict[str, Any]:
     """A copy of nested dicts with the value at `path` replaced."""
     if tree is not None and not isinstance(tree, Mapping):
-        raise ConfigError(f"--set {key}: {key.split('.')[0]} has no parts to set")
-    copy = dict(tree or {})
-    copy[path[0]] = value if len(path) == 1 else _replaced(key, copy.get(path[0]), path[1:], value)
-    return copy
+        raise ConfigError(f"--set {key}: {tree!r} has no parts to set")
+    first, *rest = path
+    parts = dict(tree or {})
+    parts[first] = _replaced(key, parts.get(first), rest, value) if rest else value
+    return parts
 
 
 def _fitted(key: str, kind: Any, value: Any, text: str) -> Any:
+    """The value as the field's type, if it is one."""
     if kind is float and type(value) is int:
         return float(value)
     if kind is str and type(value) in (int, float):
         return text
-    fits = isinstance(value, Mapping) or (value is None and key == "mlp") if kind not in (int, float, bool, str) else (
-        type(value) is kind
-    )  # fmt: skip
+    if kind in (int, float, bool, str):
+        fits, wanted = type(value) is kind, kind.__name__
+    else:
+        fits, wanted = isinstance(value, Mapping) or (value is None and key == "mlp"), "a JSON object"
     if not fits:
-        wanted = getattr(kind, "__name__", "a JSON object")
-        raise ConfigError(f"--set {key}: {text!r} is not {wanted if kind in (int, float, bool, str) else 'a JSON object'}")
+        raise ConfigError(f"--set {key}: {text!r} is not {wanted}")
     return value

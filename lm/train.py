@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import platform
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,12 @@ class DataSpec:
             self.sources, seed=recipe.seed, held_out=recipe.held_out, suffixes=self.suffixes, column=self.column
         )
 
+    @classmethod
+    def of(cls, sources: Sequence[str], suffixes: Sequence[str] = (), column: str | None = None) -> DataSpec:
+        """Paths are made absolute, so that a run can be continued from anywhere."""
+        found = (str(Path(source).absolute()) if Path(source).exists() else source for source in sources)
+        return cls(tuple(found), tuple(suffixes), column)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -73,7 +79,9 @@ class Run:
         """The corpus of this run; an error if the text is no longer the same."""
         corpus = self.data.read(self.recipe)
         if corpus.digest != self.digest:
-            raise CorpusError(f"the text of {self.folder} has changed since the run began; restore it or start a new run")
+            raise CorpusError(
+                f"the text of {self.folder} has changed since the run began; restore it or start a new run"
+            )
         return corpus
 
     def write(self) -> None:
@@ -112,21 +120,35 @@ def open_run(folder: Path) -> Run:
         raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error
 
 
-def train(recipe: Recipe, data: DataSpec, folder: Path, *, console: Console, corpus: Corpus | None = None) -> Run:
+def train(
+    recipe: Recipe,
+    data: DataSpec,
+    folder: Path,
+    *,
+    console: Console,
+    corpus: Corpus | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Run:
     """Train from the beginning into a new run folder.
+
+    Args:
+        corpus: what `data` reads, where the caller has read it already.
+        callbacks: of transformers, beside those that report.
 
     Raises:
         ConfigError: the folder holds a run already, or the recipe describes no model.
         CorpusError: there is no text to train on.
     """
-    if (folder / "recipe.json").exists():
-        raise ConfigError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --output")
     corpus = corpus or data.read(recipe)
     run = Run(folder, recipe, data, corpus.digest)
-    parts = _prepare(run, corpus)  # every wrong setting is found before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    run.write()
-    return _fit(run, parts, console, None)
+    arguments = _arguments(run)
+    if arguments.process_index == 0 and (folder / "recipe.json").exists():
+        raise ConfigError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --output")
+    parts = _prepare(run, arguments, corpus)  # every wrong setting is found before anything is written
+    if arguments.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.write()
+    return _fit(run, arguments, parts, console, None, callbacks)
 
 
 def resume(folder: Path, *, console: Console) -> Run:
@@ -136,7 +158,8 @@ def resume(folder: Path, *, console: Console) -> Run:
         raise ConfigError(f"{folder} is finished; its model is {run.model}. Start a new run to train further")
     checkpoint = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.is_dir() else None
     console.print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet, starting from the beginning")
-    return _fit(run, _prepare(run, run.corpus()), console, checkpoint)
+    arguments = _arguments(run)
+    return _fit(run, arguments, _prepare(run, arguments, run.corpus()), console, checkpoint)
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
@@ -161,10 +184,13 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
 class _Trainer(SeqlibTrainer):
     """Evaluates with the state carried through whole documents, and says what is left when a checkpoint fails."""
 
+    held_out: tuple[Tokens, int]
+    """Documents, and how many of their bytes are scored."""
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        tokens, max_bytes = self.eval_dataset
+        tokens, max_bytes = self.held_out
         found = evaluate(self.model, tokens, max_bytes=max_bytes)
         metrics = {
             f"{metric_key_prefix}_bits_per_byte": found.bits_per_byte,
@@ -178,11 +204,12 @@ class _Trainer(SeqlibTrainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            last = get_last_checkpoint(self.args.output_dir)
+            folder = Path(self.args.output_dir or ".")
+            last = get_last_checkpoint(str(folder))
             raise SeqlibError(
                 f"the checkpoint of step {self.state.global_step} could not be written ({error}). "
                 + (f"{last} is whole" if last else "there is none before it")
-                + f": make room and continue with --resume {Path(self.args.output_dir).parent}"
+                + f": make room and continue with --resume {folder.parent}"
             ) from error
 
 
@@ -194,9 +221,9 @@ class _RecordBackends(TrainerCallback):
         self.done = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.done:
+        if not self.done and state.is_world_process_zero:
             self.run.write()
-            self.done = True
+        self.done = True
 
 
 class _Parts(NamedTuple):
@@ -206,12 +233,20 @@ class _Parts(NamedTuple):
     validation: Tokens
 
 
-def _prepare(run: Run, corpus: Corpus) -> _Parts:
+def _prepare(run: Run, arguments: TrainingArguments, corpus: Corpus) -> _Parts:
     recipe = run.recipe
     tokenizer = load_tokenizer(recipe.tokenizer)
-    model = build_model(recipe, tokenizer)
-    rows = PackedRows(tokenize(corpus.train, tokenizer), recipe.seqlen)
-    return _Parts(tokenizer, model, rows, tokenize(corpus.validation, tokenizer))
+    model = build_model(recipe, tokenizer).to(arguments.device)
+    with arguments.main_process_first():
+        rows = PackedRows(tokenize(corpus.train, tokenizer), recipe.seqlen)
+        validation = tokenize(corpus.validation, tokenizer)
+    with _scope(recipe):  # a backend that cannot run here says so now
+        model(**{name: value[None].to(arguments.device) for name, value in rows[0].items()}, use_cache=False)
+    return _Parts(tokenizer, model, rows, validation)
+
+
+def _scope(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
 
 
 def _arguments(run: Run) -> TrainingArguments:
@@ -235,6 +270,7 @@ def _arguments(run: Run) -> TrainingArguments:
         logging_nan_inf_filter=False,  # a NaN must stop the run, not vanish from the average
         save_steps=recipe.save_every,
         save_total_limit=recipe.keep,
+        use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps" if recipe.eval_every else "no",
         eval_steps=recipe.eval_every or None,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -244,30 +280,37 @@ def _arguments(run: Run) -> TrainingArguments:
     )
 
 
-def _fit(run: Run, parts: _Parts, console: Console, checkpoint: str | None) -> Run:
+def _fit(
+    run: Run,
+    arguments: TrainingArguments,
+    parts: _Parts,
+    console: Console,
+    checkpoint: str | None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Run:
     recipe = run.recipe
-    arguments = _arguments(run)
     tokens_per_step = recipe.batch_size * recipe.accumulation * recipe.seqlen * arguments.world_size
     metrics = MetricsCallback(run.metrics, tokens_per_step, parts.rows.tokens.bytes_per_token)
     progress = ProgressCallback(metrics, console)
+    reports = [metrics, progress] if arguments.process_index == 0 else []
     trainer = _Trainer(
         model=parts.model,
         args=arguments,
         train_dataset=parts.rows,
-        eval_dataset=(parts.validation, recipe.eval_bytes),
-        callbacks=[metrics, progress, _RecordBackends(run)],
+        eval_dataset=[],  # transformers wants one; what is evaluated is held_out
+        callbacks=[*reports, _RecordBackends(run), *callbacks],
     )
+    trainer.held_out = parts.validation, recipe.eval_bytes
     trainer.remove_callback(PrinterCallback)
-    scope = contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
     try:
-        with scope:
+        with _scope(recipe):
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
-    plot_loss(run.metrics, run.folder / "loss.png")
-    with tempfile.TemporaryDirectory(dir=run.folder, prefix=".model-") as aside:
-        trainer.save_model(aside)
+    if arguments.process_index == 0:
+        plot_loss(run.metrics, run.folder / "loss.png")
+        aside = run.folder / ".model-being-written"
+        parts.model.save_pretrained(aside)
         parts.tokenizer.save_pretrained(aside)
-        os.rename(aside, run.model)
-        os.mkdir(aside)  # for the context to remove
+        os.replace(aside, run.model)
     return run

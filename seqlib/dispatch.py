@@ -94,9 +94,17 @@ class Op:
     function: str
 
     def choose(self, facts: Facts, form: str = "auto", backend: str = "auto") -> Callable[..., Any]:
-        """The function that runs for these facts. Modules that decode bind it once."""
-        choice = resolve(self, facts, form, backend)
-        return _load(choice.impl.target)
+        """The function that runs for these facts; remembered, because decoding asks the same at every step."""
+        backend = preferred(self.name, backend)
+        if torch.compiler.is_compiling():
+            return _load(resolve(self, facts, form, backend).impl.target)
+        key = (self.name, self.function, facts, form, backend)
+        chosen = _choices.get(key)
+        if chosen is None:
+            if len(_choices) > 4096:
+                _choices.clear()
+            chosen = _choices[key] = _load(resolve(self, facts, form, backend).impl.target)
+        return chosen
 
 
 class Refusal(NamedTuple):
@@ -116,6 +124,7 @@ _scope: ContextVar[Mapping[str, str] | None] = ContextVar("seqlib_backend", defa
 _loaded: dict[str, Callable[..., Any]] = {}
 _probed: dict[str, str | None] = {}
 _warned: set[str] = set()
+_choices: dict[tuple[str, str, Facts, str, str], Callable[..., Any]] = {}
 
 
 @contextlib.contextmanager

@@ -24,8 +24,6 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-
-
 @stacks
 def test_config_round_trip_is_exact(stack: str, tmp_path) -> None:
     config = tiny_config(stack)
@@ -82,12 +80,9 @@ def test_what_describes_no_model_is_refused(fields: dict, message: str) -> None:
 
 
 def test_types_are_strict() -> None:
-    with pytest.raises(StrictDataclassFieldValidationError, match="max_position_embeddings"):
-        SeqlibConfig(max_position_embeddings="64")
-    with pytest.raises(ConfigError, match="d_model must be a positive integer"):
-        SeqlibConfig(d_model="64")
-
-
+    for wrong in ({"d_model": "64"}, {"max_position_embeddings": 2.5}, {"tie_word_embeddings": "yes"}):
+        with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(wrong))):
+            SeqlibConfig(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +122,11 @@ def test_registration_survives_any_first_import(first: str) -> None:
 
 
 def test_import_seqlib_alone_leaves_transformers_alone() -> None:
-    code = "import sys, seqlib; assert 'transformers' not in sys.modules; seqlib.hf; assert 'transformers' in sys.modules"
+    code = (
+        "import sys, seqlib; assert 'transformers' not in sys.modules; seqlib.hf; assert 'transformers' in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
 
 
 @stacks
@@ -158,12 +153,15 @@ def test_sharded_model_comes_back(tmp_path) -> None:
 
 def test_half_precision_keeps_the_dynamics_in_float32(tmp_path) -> None:
     tiny("mamba").save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    dtypes = {name.rpartition(".")[2]: p.dtype for name, p in model.named_parameters() if "mixer" in name}
-    assert {dtypes[name] for name in ("A_log", "D", "dt_bias")} == {torch.float32}
-    assert model.model.backbone.layers[0].mixer.in_proj.weight.dtype == torch.bfloat16
-    (ids,) = prompt(5)
-    assert bool(torch.isfinite(model(ids).logits).all())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    built = AutoModelForCausalLM.from_config(tiny_config("mamba"), dtype=torch.bfloat16)
+    for model in (loaded, built):
+        dtypes = {name.rpartition(".")[2]: p.dtype for name, p in model.named_parameters() if "mixer" in name}
+        assert {dtypes[name] for name in ("A_log", "D", "dt_bias")} == {torch.float32}
+        assert model.model.backbone.layers[0].mixer.in_proj.weight.dtype == torch.bfloat16
+        (ids,) = prompt(5)
+        assert bool(torch.isfinite(model(ids).logits).all())
+        assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 8)
 
 
 def test_what_a_checkpoint_lacks_is_initialised_and_the_rest_is_not_touched(tmp_path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from hf_models import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -53,6 +54,9 @@ def test_saved_tokenizer_opens_with_and_without_seqlib(tmp_path) -> None:
     for opened in (AutoTokenizer.from_pretrained(tmp_path), ByteTokenizer.from_pretrained(tmp_path)):
         assert opened(text)["input_ids"] == list(text.encode())
         assert (opened.pad_token_id, opened.eos_token_id, opened.padding_side) == (256, 258, "left")
+    tiny_config("mamba").save_pretrained(tmp_path)
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is ByteTokenizer, "beside a model it keeps its type"
+    (tmp_path / "config.json").unlink()
     code = f"""
 import sys
 sys.modules["seqlib"] = None

@@ -18,6 +18,7 @@ from seqlib.errors import UnsupportedInput
 from seqlib.hf import SeqlibForCausalLM, SeqlibForSequenceClassification, SeqlibTrainer
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
+DATA = [{"input_ids": p[0].tolist(), "labels": p[0].tolist()} for p in prompt(*[8] * 8)]
 
 
 @pytest.fixture(params=STACKS)
@@ -84,7 +85,7 @@ def test_gradient_checkpointing_changes_nothing(model, reentrant: bool) -> None:
     expected = gradients(model, plain)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     calls = []
-    handle = model.model.backbone.layers[0].mixer.register_forward_hook(lambda *a: calls.append(1))
+    handle = model.model.backbone.layers[0].mixer.register_forward_pre_hook(lambda *a: calls.append(1))
     loss = model(ids, labels=ids).loss
     got = gradients(model, loss)
     handle.remove()
@@ -186,7 +187,8 @@ def test_lora_trains_saves_and_merges(model, tmp_path) -> None:
     lora.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_like(model), tmp_path).eval()
     torch.testing.assert_close(again(ids).logits, adapted, **CLOSE)
-    torch.testing.assert_close(again.merge_and_unload()(ids).logits, adapted, **CLOSE)
+    merged = again.merge_and_unload()(ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)  # W + BA is rounded once, W x + BA x twice
 
 
 def tiny_like(model: SeqlibForCausalLM) -> SeqlibForCausalLM:
@@ -202,9 +204,8 @@ def trainer(model: torch.nn.Module, folder: Path, **kwargs: Any) -> SeqlibTraine
     ours = {name: kwargs.pop(name) for name in names if name in kwargs}
     options = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": [], "seed": 0}
     options |= {"logging_steps": 1, "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "weight_decay": 0.1}
-    data = [{"input_ids": p[0].tolist(), "labels": p[0].tolist()} for p in prompt(*[8] * 8)]
     args = TrainingArguments(output_dir=str(folder), **(options | kwargs))
-    return SeqlibTrainer(model=model, args=args, train_dataset=data, eval_dataset=data, **ours)
+    return SeqlibTrainer(model=model, args=args, train_dataset=DATA, eval_dataset=DATA, **ours)
 
 
 def test_trainer_learns_and_leaves_logits_out(model, tmp_path) -> None:
@@ -233,16 +234,21 @@ def test_logits_reach_the_metrics(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_accumulation_and_checkpointing_train_alike(checkpointing: bool, tmp_path) -> None:
+@pytest.mark.parametrize("classify", [False, True])
+def test_gradient_accumulation_and_checkpointing_train_alike(classify: bool, checkpointing: bool, tmp_path) -> None:
     weights = []
     for steps, batch in ((1, 8), (4, 2)):
+        torch.manual_seed(0)
+        model = SeqlibForSequenceClassification(tiny_config("mamba")) if classify else tiny("mamba")
         run = trainer(
-            tiny("mamba"), tmp_path, max_steps=2, gradient_accumulation_steps=steps, per_device_train_batch_size=batch,
-            gradient_checkpointing=checkpointing,
+            model, tmp_path, max_steps=2, gradient_accumulation_steps=steps, per_device_train_batch_size=batch,
+            gradient_checkpointing=checkpointing, optim="sgd", max_grad_norm=0.0,
         )  # fmt: skip
+        if classify:
+            run.train_dataset = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(DATA)]
         run.train()
         weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights[0], weights[1])
 
 
 def test_packed_training_equals_unpacked(tmp_path) -> None:
@@ -270,11 +276,12 @@ def test_weight_decay_falls_on_matrices_only(tmp_path) -> None:
 
 def test_trainer_keeps_loras_only(tmp_path) -> None:
     lora = get_peft_model(tiny("mamba"), LoraConfig(r=2, target_modules=["in_proj", "out_proj"]))
-    run = trainer(lora, tmp_path)
+    run = trainer(lora, tmp_path, max_steps=20)
+    before = run.evaluate()["eval_loss"]
     trained = {id(p) for group in run.create_optimizer().param_groups for p in group["params"]}
     assert trained == {id(p) for p in lora.parameters() if p.requires_grad}
     run.train()
-    assert run.state.log_history[-2]["loss"] < run.state.log_history[0]["loss"]
+    assert run.evaluate()["eval_loss"] < before
 
 
 def test_checkpoints_rotate_and_resume(tmp_path) -> None:
@@ -283,13 +290,10 @@ def test_checkpoints_rotate_and_resume(tmp_path) -> None:
     run.train()
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "checkpoint-6"]
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
-    resumed = trainer(tiny("mamba"), tmp_path, max_steps=8, save_total_limit=2, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    straight = trainer(tiny("mamba"), tmp_path / "other", max_steps=8, **options)
-    straight.train()
-    assert resumed.state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
-    for a, b in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
-        assert a.shape == b.shape and bool(torch.isfinite(a).all())
+    resumed = trainer(tiny("mamba"), tmp_path, max_steps=6, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for a, b in zip(resumed.model.parameters(), run.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class FullDisk(TrainerCallback):

@@ -15,9 +15,48 @@ D_MODEL = 32
 # What a kind needs beyond its defaults to be small, and variants that take other paths.
 VARIANTS: dict[str, list[dict]] = {
     "mamba": [{}, {"inner_norm": "learned", "d_state": 5, "bias": True}, {"inner_norm": "plain", "conv_bias": False}],
+    "mamba2": [
+        {"d_state": 8, "headdim": 16, "ngroups": 2},
+        {"d_state": 5, "headdim": 8, "d_inner": 24, "norm_before_gate": True, "D_per_channel": True, "bias": True},
+        {"d_state": 4, "headdim": 32, "norm": False, "dt_limit_min": 0.01, "dt_limit_max": 0.02, "conv_bias": False},
+    ],
+    "lightning": [
+        {"nheads": 4},
+        {"nheads": 3, "headdim": 6, "lrpe": True, "bias": True},
+        {"nheads": 4, "variant": "minimax"},
+    ],
+    "retnet": [{"nheads": 4}, {"nheads": 2, "expand_k": 0.5, "expand_v": 1.0, "rotary": False}],
+    "linear_transformer": [{"nheads": 4}, {"nheads": 2, "feature_map": "relu", "d_feature": 6}, {"normalized": False}],
+    "based": [{"nheads": 4, "d_feature": 4}],
+    "gla": [{"nheads": 4}, {"nheads": 2, "expand_k": 1.0, "expand_v": 2.0, "gate_rank": 3, "gate_normalizer": 2.0}],
+    "deltanet": [{"nheads": 4}, {"nheads": 2, "expand_v": 0.5, "allow_neg_eigval": True, "gate": True, "d_conv": 2}],
+    "gated_deltanet": [
+        {"nheads": 2, "nheads_v": 4, "headdim": 8},
+        {"nheads": 3, "headdim": 5, "expand_v": 1.0, "allow_neg_eigval": True, "gate_activation": "sigmoid"},
+    ],
+    "kda": [{"nheads": 4, "headdim": 8}, {"nheads": 2, "headdim": 6, "lower_bound": -5.0, "gate_rank": 4}],
     "attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "qk_norm": True}, {"nheads": 2, "rotary": False}],
     "sliding_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3}],
+    "s4": [
+        {"d_state": 8, "l_max": 70},
+        {"d_state": 4, "l_max": 16, "init": "legt", "n_ssm": 4, "rate": 0.5},
+        {"d_state": 6, "l_max": 13, "init": "fourier", "dt_transform": "exp", "output": "linear"},
+    ],
+    "s4d": [
+        {"d_state": 8},
+        {"d_state": 6, "init": "lin", "discretization": "bilinear", "n_ssm": 4, "output": "linear", "rate": 0.5},
+        {"d_state": 4, "init": "real", "dt_transform": "exp", "output": "half_glu1"},
+        {"d_state": 4, "init": "real", "discretization": "bilinear", "activation": "silu", "output": "half_glu2"},
+    ],
+    "lru": [{"d_state": 12}, {"r_min": 0.5, "r_max": 0.9, "max_phase": 0.6, "output": "linear"}],
+    "s5": [
+        {"d_state": 12, "blocks": 3},
+        {"d_state": 8, "discretization": "bilinear", "C_init": "complex_normal", "output": "half_glu2", "rate": 2.0},
+        {"d_state": 8, "C_init": "lecun_normal", "clip_eigs": True, "output": "glu"},
+    ],
 }
+# Convolved through transforms, whose rounding reaches every position.
+TRANSFORMED = {"s4", "s4d"}
 ROWS = [pytest.param({"kind": kind, **v}, id=f"{kind}{i}") for kind in MIXERS for i, v in enumerate(VARIANTS[kind])]
 every = pytest.mark.parametrize("config", ROWS)
 
@@ -58,7 +97,7 @@ def test_split_invariance(config: dict, cuts: tuple[int, ...]) -> None:
         y, after = mixer(x[:, begin:end], state)
         if before is not None:  # the given state is left alone
             for a, b in zip(state.tensors(), before.tensors()):
-                assert torch.equal(a.nan_to_num(), b.nan_to_num())
+                assert torch.equal(a.detach().nan_to_num(), b.detach().nan_to_num())
         state = after
         parts.append(y)
     _same(torch.cat(parts, 1), want)
@@ -94,7 +133,7 @@ def test_causality(config: dict) -> None:
     moved = x.clone()
     moved[:, 11] += 1.0
     change = (mixer(moved)[0] - mixer(x)[0]).abs().amax(-1)[0]
-    assert float(change[:11].max()) == 0.0
+    assert float(change[:11].max()) <= (1e-14 if config["kind"] in TRANSFORMED else 0.0)
     assert float(change[11]) > 0.0
 
 
@@ -187,11 +226,13 @@ def test_auto_agrees_with_reference(config: dict, dtype: torch.dtype) -> None:
     exact.load_state_dict({k: v.double() for k, v in mixer.state_dict().items()})
     x = _input(2, 70, dtype).requires_grad_()
     wide = x.detach().double().requires_grad_()
+    # Not the sum of squares: behind a norm it hardly depends on what is inside, and gradients are all rounding.
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with use_backend("reference"):
         want, _ = exact(wide)
-        want.square().sum().backward()
+        (want * weights).sum().backward()
     got, _ = mixer(x)
-    got.square().sum().backward()
+    (got * weights.to(dtype)).sum().backward()
     pairs = {"y": (got, want), "dx": (x.grad, wide.grad)}
     for (name, p), q in zip(mixer.named_parameters(), exact.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name

@@ -11,14 +11,28 @@ namespace {
 
 constexpr int64_t tile = 32;
 
+// Lanes: Whole vectors, or an int for the channels that do not fill one. Two types, because the call behind a partial
+// load would spill every register of the whole-vector loop.
+struct Whole {};
+
+template <class T>
+inline vf get(const T* p, Whole) {
+  return load(p);
+}
+
 template <class T>
 inline vf get(const T* p, int lanes) {
-  return lanes == W ? load(p) : load_n(p, lanes);
+  return load_n(p, lanes);
+}
+
+template <class T>
+inline void put(T* p, vf v, Whole) {
+  store(p, v);
 }
 
 template <class T>
 inline void put(T* p, vf v, int lanes) {
-  lanes == W ? store(p, v) : store_n(p, v, lanes);
+  store_n(p, v, lanes);
 }
 
 // Rows of a tile lie far apart, so the hardware does not see the next block coming.
@@ -42,15 +56,16 @@ struct Inputs {
         begin(a.pieces[piece].begin) {}
 
   // The input `back` places before the piece's first position.
-  vf earlier(int64_t width, int64_t back, int64_t c, int lanes) const {
+  template <class Lanes>
+  vf earlier(int64_t width, int64_t back, int64_t c, Lanes lanes) const {
     const int32_t at = before[width - 1 - back];
     if (at == conv_zero) return vf{};
     return at >= 0 ? get(x + at * step + c, lanes) : get(state + (conv_state_slot - at) * d + c, lanes);
   }
 
   // The inputs before position t of the piece, oldest first.
-  template <int WIDTH>
-  void window(int64_t t, int64_t c, int lanes, vf* past) const {
+  template <int WIDTH, class Lanes>
+  void window(int64_t t, int64_t c, Lanes lanes, vf* past) const {
     for (int k = 0; k < WIDTH - 1; ++k) {
       const int64_t at = t - (WIDTH - 1) + k;
       past[k] = at >= begin ? get(x + at * step + c, lanes) : earlier(WIDTH, begin - at, c, lanes);
@@ -62,7 +77,8 @@ template <int WIDTH>
 struct Taps {
   vf weight[WIDTH], bias;
 
-  Taps(const ConvArgs& a, int64_t c, int lanes) {
+  template <class Lanes>
+  Taps(const ConvArgs& a, int64_t c, Lanes lanes) {
     for (int k = 0; k < WIDTH; ++k) weight[k] = get(a.weight + k * a.d + c, lanes);
     bias = a.bias ? get(a.bias + c, lanes) : vf{};
   }
@@ -80,8 +96,9 @@ inline void shift(vf* past, vf now) {
   if constexpr (WIDTH > 1) past[WIDTH - 2] = now;
 }
 
-template <class T, int WIDTH>
-inline void forward_tile(const ConvArgs& a, const Inputs<T>& in, T* y, int64_t begin, int64_t end, int64_t c, int lanes) {
+template <class T, int WIDTH, class Lanes>
+inline void forward_tile(const ConvArgs& a, const Inputs<T>& in, T* y, int64_t begin, int64_t end, int64_t c,
+                         Lanes lanes) {
   const Taps<WIDTH> taps(a, c, lanes);
   vf past[WIDTH];
   in.template window<WIDTH>(begin, c, lanes, past);
@@ -97,9 +114,9 @@ inline void forward_tile(const ConvArgs& a, const Inputs<T>& in, T* y, int64_t b
 
 // Gradients of one tile. dpre is the gradient of the value before the activation; the last WIDTH - 1 of them wait in
 // registers until dx of the oldest input in the window is complete, which takes up to WIDTH - 1 positions after the tile.
-template <class T, int WIDTH>
+template <class T, int WIDTH, class Lanes>
 inline void backward_tile(const ConvArgs& a, const Inputs<T>& in, int64_t p, int64_t begin, int64_t end, int64_t c,
-                          int lanes, vf* sums) {
+                          Lanes lanes, vf* sums) {
   const ConvPiece& piece = a.pieces[p];
   const T* dy = static_cast<const T*>(a.dy) + piece.row * a.dy_row;
   T* dx = static_cast<T*>(a.dx) + piece.row * a.seqlen * a.d;
@@ -159,7 +176,7 @@ inline void walk(const ConvArgs& a, int64_t task, F&& f) {
     for (int64_t t = a.pieces[p].begin; t < a.pieces[p].end; t += tile) {
       const int64_t end = std::min(a.pieces[p].end, t + tile);
       int64_t c = first;
-      for (; c + W <= last; c += W) f(p, t, end, c, W);
+      for (; c + W <= last; c += W) f(p, t, end, c, Whole{});
       if (c < last) f(p, t, end, c, static_cast<int>(last - c));
     }
   }
@@ -168,7 +185,7 @@ inline void walk(const ConvArgs& a, int64_t task, F&& f) {
 template <class T, int WIDTH>
 void forward(const ConvArgs& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task)
-    walk(a, task, [&](int64_t p, int64_t from, int64_t to, int64_t c, int lanes) {
+    walk(a, task, [&](int64_t p, int64_t from, int64_t to, int64_t c, auto lanes) {
       const Inputs<T> in(a, p);
       T* y = static_cast<T*>(a.y) + a.pieces[p].row * a.seqlen * a.d;
       forward_tile<T, WIDTH>(a, in, y, from, to, c, lanes);
@@ -181,7 +198,7 @@ void backward(const ConvArgs& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     vf sums[conv_block / W][WIDTH + 1] = {};
     const int64_t first = task % blocks * conv_block;
-    walk(a, task, [&](int64_t p, int64_t from, int64_t to, int64_t c, int lanes) {
+    walk(a, task, [&](int64_t p, int64_t from, int64_t to, int64_t c, auto lanes) {
       backward_tile<T, WIDTH>(a, Inputs<T>(a, p), p, from, to, c, lanes, sums[(c - first) / W]);
     });
     float* partial = a.partial + task / blocks * (WIDTH + 1) * a.d;

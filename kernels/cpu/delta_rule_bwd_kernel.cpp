@@ -146,7 +146,7 @@ struct Backward {
           row(S + (n + r) * columns, G + (n + r) * columns, n + r, r, x);
         else
           for (int i = 0; i < dots; ++i) made.partial[i][r] = vf{};
-      for (int i = 0; i < dots; ++i) store(made.dot[i] + n, sums(made.partial[i]));
+      for (int i = 0; i < dots; ++i) store(made.dot[i] + n, lane_sums(made.partial[i]));
     }
   }
 

@@ -66,7 +66,7 @@ inline void sums_of(const vf (&v)[N], float* out) {
   for (int i = 0; i < N; i += W) {
     vf some[W];
     for (int j = 0; j < W; ++j) some[j] = v[i + j];
-    store(out + i, sums(some));
+    store(out + i, lane_sums(some));
   }
 }
 

@@ -7,7 +7,7 @@
 namespace seqlib::SEQLIB_ISA {
 namespace {
 
-constexpr int kAhead = 768;  // bytes: past the reach of the hardware prefetcher at the end of a page
+constexpr int kAhead = 512;  // bytes: past the reach of the hardware prefetcher at the end of a page
 
 // Rows R at a time, so that the weight vector just loaded serves them all.
 template <int R, class T>

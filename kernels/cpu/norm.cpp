@@ -8,7 +8,7 @@
 namespace seqlib {
 namespace {
 
-NormArgs arguments(const Rows& x, const std::optional<Rows>& gate, const OptTensor& weight, bool norm_before_gate,
+NormArgs arguments(const Rows& x, const std::optional<Rows>& gate, const Tensor& weight, bool norm_before_gate,
                    int64_t group) {
   NormArgs a{};
   a.x = x.tensor.data_ptr();
@@ -26,8 +26,11 @@ NormArgs arguments(const Rows& x, const std::optional<Rows>& gate, const OptTens
   return a;
 }
 
-OptTensor to_f32(const OptTensor& t) {
-  return t ? OptTensor(torch::stable::contiguous(torch::stable::to(*t, Scalar::Float))) : std::nullopt;
+// The weight in float32; ones where there is none, so that the loops need no second form.
+Tensor scale(const OptTensor& weight, const Tensor& x) {
+  if (weight) return torch::stable::contiguous(torch::stable::to(*weight, Scalar::Float));
+  Tensor ones = empty_f32(x, {x.size(-1)});
+  return torch::stable::fill_(ones, 1.0);
 }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const OptTensor& weight, const OptTensor& gate,
@@ -35,7 +38,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const OptTensor& weight, co
   check_float(x, "x");
   const Rows rows(x);
   const std::optional<Rows> gates = gate ? std::optional<Rows>(Rows(*gate)) : std::nullopt;
-  const OptTensor w = to_f32(weight);
+  const Tensor w = scale(weight, x);
   NormArgs a = arguments(rows, gates, w, norm_before_gate, group_size);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() /= group_size;
@@ -53,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& 
                                                 int64_t group_size, bool needs_weight) {
   const Rows rows(x), dys(dy);
   const std::optional<Rows> gates = gate ? std::optional<Rows>(Rows(*gate)) : std::nullopt;
-  const OptTensor w = to_f32(weight);
+  const Tensor w = scale(weight, x);
   NormArgs a = arguments(rows, gates, w, norm_before_gate, group_size);
   a.dy = dys.tensor.data_ptr();
   a.dy_stride = dys.stride;

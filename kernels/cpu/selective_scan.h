@@ -54,4 +54,24 @@ struct ScanBackArgs {
 constexpr int kScanBackBlock = 32;
 SEQLIB_KERNEL(selective_scan_bwd, ScanBackArgs)
 
+struct ScanStepArgs {
+  ScanInput x, dt, z, B, C;  // as above, with one token per row; `row` is not used
+  const float *A, *D, *dt_bias;
+  void* y;       // (batch, d_inner)
+  float* state;  // (batch, d_inner, d_state), updated
+  int64_t d_inner, d_state, groups;
+  bool softplus;
+};
+
+// Channels [begin, end) of batch * d_inner.
+SEQLIB_KERNEL(selective_scan_step, ScanStepArgs)
+
+// How long exponentials alone take: `repeats` passes over `count` numbers that fit L1, each replaced by 2^x.
+struct ExpArgs {
+  const float* from;
+  float* to;
+  int64_t count;
+};
+SEQLIB_KERNEL(exp_floor, ExpArgs)
+
 }  // namespace seqlib

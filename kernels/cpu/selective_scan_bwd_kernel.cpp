@@ -86,8 +86,8 @@ inline void sweep(Record* records, const float* B, const float* C, int steps, co
       }
     }
     for (int s = 0; s < S; ++s) {
-      store(dB[s] + begin, load(dB[s] + begin) + sums(sum_B[s]));
-      store(dC[s] + begin, load(dC[s] + begin) + sums(sum_C[s]));
+      store(dB[s] + begin, load(dB[s] + begin) + lane_sums(sum_B[s]));
+      store(dC[s] + begin, load(dC[s] + begin) + lane_sums(sum_C[s]));
     }
     end = begin;
   }

@@ -36,19 +36,20 @@ inline Floats allocate(int64_t count) {
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 template <class E>
-inline void copy_states(const E* from, int64_t stride, int steps, int64_t n, float* to) {
+inline void copy_states(const E* from, int64_t stride, int steps, int64_t n, int rows, float* to) {
   for (int t = 0; t < steps; ++t)
     for (int64_t i = 0; i < n; i += W)
-      store(to + (i / N * T + t) * N + i % N, get(from + t * stride + i, static_cast<int>(std::min<int64_t>(n - i, W))));
+      store(to + (i / N * rows + t) * N + i % N, get(from + t * stride + i, static_cast<int>(std::min<int64_t>(n - i, W))));
 }
 
-// B or C of one group over a tile, as floats [d_state / N][T][N].
-inline void copy_states(const ScanInput& from, int64_t row, int64_t group, const ScanTile& tile, int64_t n, float* to) {
+// B or C of one group over a tile, as floats [d_state / N][rows][N], d_state rounded up.
+inline void copy_states(const ScanInput& from, int64_t row, int64_t group, const ScanTile& tile, int64_t n, float* to,
+                        int rows = T) {
   const int64_t offset = row * from.batch + tile.begin * from.row + group * from.group;
   if (from.bf16)
-    copy_states(static_cast<const bf16*>(from.data) + offset, from.row, tile.length, n, to);
+    copy_states(static_cast<const bf16*>(from.data) + offset, from.row, tile.length, n, rows, to);
   else
-    copy_states(static_cast<const float*>(from.data) + offset, from.row, tile.length, n, to);
+    copy_states(static_cast<const float*>(from.data) + offset, from.row, tile.length, n, rows, to);
 }
 
 // Columns of lines that the next block will touch, one line per step. They are asked for one step at a time, two columns

@@ -42,7 +42,11 @@ inline vf load(const T* p) {
   } else {
     vh h;
     std::memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+    return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));
+#else
     return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
+#endif
   }
 }
 
@@ -51,7 +55,12 @@ inline vh to_bf16(vf v) {
   vu u = reinterpret_cast<vu>(v);
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   vu quiet = (u >> 16) | 0x40u;
-  return __builtin_convertvector(v == v ? rounded : quiet, vh);
+  vu kept = v == v ? rounded : quiet;
+#if defined(__AVX512F__)
+  return reinterpret_cast<vh>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(kept)));
+#else
+  return __builtin_convertvector(kept, vh);
+#endif
 }
 
 template <class T>
@@ -95,19 +104,28 @@ inline vf add_runs(vf a, vf b, std::index_sequence<I...>) {
 
 // Lane i is the sum over the lanes of v[i].
 template <int H = 1>
-inline vf sums(const vf (&v)[W / H]) {
+inline vf lane_sums(const vf (&v)[W / H]) {
   if constexpr (H == W) {
     return v[0];
   } else {
     vf next[W / (2 * H)];
     for (int i = 0; i < W / (2 * H); ++i)
       next[i] = add_runs<H>(v[2 * i], v[2 * i + 1], std::make_index_sequence<W>());
-    return sums<2 * H>(next);
+    return lane_sums<2 * H>(next);
   }
 }
 
+// One instruction where there is one; compilers make a comparison and a blend of the conditional.
+#if defined(__AVX512F__)
+inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+#elif defined(__AVX2__)
+inline vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+#else
 inline vf min(vf a, vf b) { return a < b ? a : b; }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
+#endif
 
 // 2^t, 2 ulp. Minimax polynomial of degree 5 on [-1/2, 1/2].
 inline vf exp2(vf t) {

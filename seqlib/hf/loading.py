@@ -14,7 +14,7 @@ from seqlib.errors import CheckpointMismatch
 __all__ = ["load_checked"]
 
 
-def load_checked(load: Callable[..., Any], cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+def load_checked(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """`load(source, ...)`, then CheckpointMismatch unless the weights fit and are finite.
 
     With `source` None the weights are handed over as `state_dict=`; then what is missing is the caller's wish.
@@ -25,9 +25,7 @@ def load_checked(load: Callable[..., Any], cls: Any, source: Any, *args: Any, **
         # Sizes are compared here, where all that is wrong can be named at once.
         model, info = load(source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except SafetensorError as error:
-        raise CheckpointMismatch(
-            f"{source}: a weights file is damaged ({error}); copy or download it again"
-        ) from error
+        raise CheckpointMismatch(f"{source}: a weights file is damaged ({error}); copy or download it again") from error
     if source is not None and not tolerant:
         refuse_misfit(source, model, info)
     refuse_not_finite(source, model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,14 @@ from seqlib.hf.inputs import padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
 from seqlib.hf.tokenizer import ByteTokenizer
 from seqlib.layers.init import normal_
+from seqlib.layers.linear import Linear
+from seqlib.layers.mlp import MLP
+from seqlib.layers.norm import RMSNorm
+from seqlib.mixers import Mixer
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
 from seqlib.models.heads import lm_loss, pool
+from seqlib.sequence import StateList
 
 __all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
 
@@ -38,9 +43,9 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     config_class = SeqlibConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Block}
+    _no_split_modules = ["Block"]  # noqa: RUF012 - instance attributes of the base class
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": Block}  # noqa: RUF012
     _is_stateful = True  # a recurrent state cannot drop rejected tokens, so generate() refuses assisted decoding
 
     @classmethod
@@ -52,19 +57,29 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 or a file that cannot be read. Only a head may be missing: it starts anew, with transformers' warning.
                 `ignore_mismatched_sizes=True` accepts all but NaN and infinity.
         """
-        return load_checked(super().from_pretrained, cls, pretrained_model_name_or_path, *args, **kwargs)
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def init_weights(self) -> None:
-        # Every part has initialised itself in its constructor. What a checkpoint lacks goes through _init_weights.
-        self.tie_weights()
+        self.tie_weights()  # every part has initialised itself in its constructor
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise what a checkpoint lacks; loaded tensors carry a mark that keeps them as they are."""
+        heads = [child for child in self.children() if isinstance(child, nn.Linear)]
+        for module in self.modules():
+            owned = (*module.parameters(), *module.buffers())
+            if all(getattr(tensor, "_is_hf_initialized", False) for tensor in owned):
+                continue
+            if isinstance(module, nn.Embedding) or module in heads:
+                self._init_weights(module)
+            elif isinstance(module, (Mixer, MLP, RMSNorm)):
+                module.reset_parameters()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """An embedding or a head; transformers also calls it for the rows of a larger embedding."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            # Linear layers of mixers and MLPs come here too; their owner, which comes later, has the last word.
             normal_(module.weight, self.config.initializer_range)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
 
 
 class SeqlibModel(SeqlibPreTrainedModel):
@@ -75,9 +90,12 @@ class SeqlibModel(SeqlibPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.backbone = Backbone(config.backbone)
         normal_(self.embed_tokens.weight, config.initializer_range)
-        # Regular expressions: what has optimizer options of its own (A_log, D, dt_bias) also wants full precision.
-        special = {name.rpartition(".")[2] for name in self.backbone.special_parameters()}
-        self._keep_in_fp32_modules_strict = {rf"\.{name}$" for name in special}
+        # What has optimizer options of its own (A_log, D, dt_bias) also wants full precision, built or loaded.
+        special = self.backbone.special_parameters()
+        for name, parameter in self.backbone.named_parameters():
+            if name in special and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+        self._keep_in_fp32_modules_strict = {rf"\.{name.rpartition('.')[2]}$" for name in special}  # patterns
         self.post_init()
 
     @capture_outputs
@@ -129,7 +147,8 @@ class SeqlibModel(SeqlibPreTrainedModel):
             cu_seq_lens_q=cu_seq_lens_q,
         )
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if seqlen == 1 and state is not None and seq is None and not torch.is_grad_enabled() and not recorded:
+        plain = seqlen == 1 and seq is None and not torch.is_grad_enabled() and not recorded
+        if plain and cache is not None and state is not None and self._has_room(cache, state, x.device):
             hidden, state = self.backbone.step(x[:, 0], state)
             hidden = hidden.unsqueeze(1)
         else:
@@ -138,17 +157,22 @@ class SeqlibModel(SeqlibPreTrainedModel):
             cache.states = state
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
 
+    def _has_room(self, cache: SeqlibCache, state: StateList, device: torch.device) -> bool:
+        """Whether `step` may write one more token. On a GPU it does not look, so that nothing waits for the device."""
+        grows = device.type != "cpu" and "full_attention" in (self.config.layer_types or ())
+        return not grows or state.seqlen < (cache.max_seqlen or 0)
+
 
 class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
     """Language model: embedding, backbone and a head, tied to the embedding unless the config says otherwise."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     computes_loss_without_logits = True
 
     def __init__(self, config: SeqlibConfig) -> None:
         super().__init__(config)
         self.model = SeqlibModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         normal_(self.lm_head.weight, config.initializer_range)
         self.post_init()
 
@@ -187,7 +211,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
-        plain = type(self.lm_head) is nn.Linear  # PEFT may have put something else in its place
+        plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
         if labels is not None and not return_logits and plain:
             loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items)
         elif return_logits or labels is not None:
@@ -204,7 +228,14 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+    def _prepare_cache_for_generation(  # type: ignore[override] # it returns nothing, whatever its annotation says
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
         """Give `generate` our cache, with key-value states allocated once for the longest sequence."""
         if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
             return
@@ -214,18 +245,19 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
                 f"cache_implementation={wanted!r} is not available for seqlib models; leave it out: states are "
                 "allocated once and key-value states only exist in attention layers"
             )
-        mode, batch, max_cache_length = args
         model_kwargs["past_key_values"] = SeqlibCache(max_seqlen=max_cache_length)
 
 
 class SeqlibForSequenceClassification(SeqlibPreTrainedModel):
     """One label per sequence, from the last real token or the mean over the real tokens (config.pooling)."""
 
+    accepts_loss_kwargs = False  # the loss is a mean, which Trainer must divide by its accumulation steps
+
     def __init__(self, config: SeqlibConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2  # never None, but typed so
         self.model = SeqlibModel(config)
-        self.score = nn.Linear(config.d_model, config.num_labels, bias=False)
+        self.score = nn.Linear(config.d_model, self.num_labels, bias=False)
         normal_(self.score.weight, config.initializer_range)
         self.post_init()
 

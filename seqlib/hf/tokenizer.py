@@ -14,7 +14,9 @@ __all__ = ["ByteTokenizer"]
 def byte_alphabet() -> list[str]:
     """The printable character that stands for each byte in a byte-level vocabulary, in order of the byte.
 
-    Source: openai/gpt-2, encoder.py, bytes_to_unicode: printable Latin-1 stands for itself, the rest is moved up by 256.
+    Printable Latin-1 stands for itself, the rest is moved beyond it.
+
+    Source: openai/gpt-2, encoder.py, bytes_to_unicode.
     """
     itself = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     moved = iter(range(256, 512))
@@ -25,8 +27,8 @@ class ByteTokenizer(PreTrainedTokenizerFast):
     """256 bytes and three specials: **the id of a byte is the byte**, so `numpy.frombuffer(data, uint8)` holds ids.
 
     pad 256, bos 257, eos 258 (also written between documents). Nothing is added around a text, and text that spells a
-    special token is encoded as its bytes, so every text comes back from `decode` unchanged; text that is not valid UTF-8
-    has `encode_bytes` and `decode_bytes`. Pads on the left, which batched generation wants.
+    special token is encoded as its bytes, so every text comes back from `decode` unchanged. Bytes that are not UTF-8
+    have `encode_bytes` and `decode_bytes`. Pads on the left, which batched generation wants.
 
     It is an ordinary byte-level BPE without merges: the saved `tokenizer.json` opens with AutoTokenizer anywhere.
 
@@ -46,7 +48,7 @@ class ByteTokenizer(PreTrainedTokenizerFast):
             backend.decoder = decoders.ByteLevel()
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in self.SPECIALS])
             kwargs["tokenizer_object"] = backend
-        defaults = dict(zip(("pad_token", "bos_token", "eos_token"), self.SPECIALS))
+        defaults: dict[str, Any] = dict(zip(("pad_token", "bos_token", "eos_token"), self.SPECIALS))
         defaults |= {"padding_side": "left", "split_special_tokens": True, "clean_up_tokenization_spaces": False}
         super().__init__(**(defaults | kwargs))
 

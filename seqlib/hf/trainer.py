@@ -34,12 +34,14 @@ class SeqlibTrainer(Trainer):
         args, kwargs: as for transformers.Trainer.
     """
 
+    _staged = False
+
     def __init__(self, *args: Any, packed: bool = False, **kwargs: Any) -> None:
         if packed:
             kwargs["data_collator"] = DataCollatorWithFlattening()
         super().__init__(*args, **kwargs)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -77,8 +79,6 @@ class SeqlibTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
         return os.path.join(run_dir, STAGING) if self._staged else run_dir
-
-    _staged = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir = self._get_output_dir(trial)

@@ -9,7 +9,20 @@ from typing import Any
 from seqlib.errors import ConfigError
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
+from seqlib.mixers.based import Based
+from seqlib.mixers.deltanet import DeltaNet
+from seqlib.mixers.gated_deltanet import GatedDeltaNet
+from seqlib.mixers.gla import GLA
+from seqlib.mixers.kda import KDA
+from seqlib.mixers.lightning import Lightning
+from seqlib.mixers.linear_transformer import LinearTransformer
+from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
+from seqlib.mixers.mamba2 import Mamba2
+from seqlib.mixers.retnet import RetNet
+from seqlib.mixers.s4 import S4
+from seqlib.mixers.s4d import S4D
+from seqlib.mixers.s5 import S5
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -17,6 +30,19 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "sliding_attention": SlidingAttention,
     "mamba": Mamba,
+    "mamba2": Mamba2,
+    "s4": S4,
+    "s4d": S4D,
+    "lru": LRU,
+    "s5": S5,
+    "lightning": Lightning,
+    "retnet": RetNet,
+    "linear_transformer": LinearTransformer,
+    "based": Based,
+    "gla": GLA,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KDA,
 }
 
 

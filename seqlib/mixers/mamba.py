@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
-from seqlib.layers.init import fill_, linear_, uniform_
+from seqlib.layers.init import dt_bias_, fill_, linear_, uniform_
 from seqlib.layers.linear import Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
@@ -95,6 +95,7 @@ class Mamba(Mixer[MambaConfig]):
             self.dt_norm = nn.Parameter(torch.empty(self.dt_rank))
             self.B_norm = nn.Parameter(torch.empty(n))
             self.C_norm = nn.Parameter(torch.empty(n))
+        self._kept: tuple[tuple[int, int], Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -104,9 +105,7 @@ class Mamba(Mixer[MambaConfig]):
         linear_(self.x_proj)
         bound = c.dt_scale * self.dt_rank**-0.5
         uniform_(self.dt_proj.weight, bound) if c.dt_init == "random" else fill_(self.dt_proj.weight, bound)
-        low, high = math.log(c.dt_min), math.log(c.dt_max)
-        dt = torch.rand(self.d_inner, device=self.dt_bias.device).mul(high - low).add(low).exp().clamp(min=c.dt_floor)
-        fill_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        dt_bias_(self.dt_bias, c.dt_min, c.dt_max, c.dt_floor)
         fill_(self.A_log, torch.arange(1, c.d_state + 1, device=self.A_log.device, dtype=torch.float32).log())
         fill_(self.D, 1.0)
         linear_(self.out_proj, self.residual_scale)
@@ -136,12 +135,19 @@ class Mamba(Mixer[MambaConfig]):
         x = self.conv1d.step(x, state.conv)
         dt, B, C = self._dt_B_C(x)
         y = scan_step(
-            x, dt, self._A(), B, C, state.ssm, D=wide(self.D), z=z, dt_bias=wide(self.dt_bias), dt_softplus=True
+            x, dt, self._A_kept(), B, C, state.ssm, D=wide(self.D), z=z, dt_bias=wide(self.dt_bias), dt_softplus=True
         )
         return self.out_proj(y), state
 
     def _A(self) -> Tensor:
         return -torch.exp(wide(self.A_log))
+
+    def _A_kept(self) -> Tensor:
+        """`_A` without gradient, computed again only when A_log has changed."""
+        key = (self.A_log.data_ptr(), self.A_log._version)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._A().detach())
+        return self._kept[1]
 
     def _dt_B_C(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config

@@ -4,16 +4,23 @@ from seqlib.ops.attention import attention
 from seqlib.ops.causal_conv1d import causal_conv1d
 from seqlib.ops.delta_rule import delta_rule
 from seqlib.ops.linear import linear
+from seqlib.ops.linear_attention import linear_attention
 from seqlib.ops.linear_scan import linear_scan
+from seqlib.ops.long_conv import long_conv
 from seqlib.ops.norm import rms_norm
 from seqlib.ops.selective_scan import selective_scan
+from seqlib.ops.ssm_kernel import ssm_kernel_diag, ssm_kernel_dplr
 
 __all__ = [
     "attention",
     "causal_conv1d",
     "delta_rule",
     "linear",
+    "linear_attention",
     "linear_scan",
+    "long_conv",
     "rms_norm",
     "selective_scan",
+    "ssm_kernel_diag",
+    "ssm_kernel_dplr",
 ]

@@ -21,7 +21,7 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     batch, seqlen, d = x.shape
     high = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = weight.to(high)
+    weight, bias = weight.to(high), None if bias is None else bias.to(high)
     starts = seq.starts if seq is not None else None
     mask = seq.padding_mask if seq is not None else None
     state = x.new_zeros(batch, weight.shape[1] - 1, d) if initial_state is None else initial_state
@@ -33,7 +33,7 @@ def causal_conv1d(
         window = torch.cat([state, x[:, t, None]], 1)
         y = (window.to(high) * weight.T).sum(1)
         if bias is not None:
-            y = y + bias.to(high)
+            y = y + bias
         if activation == "silu":
             y = y * torch.sigmoid(y)
         ys.append(torch.where(real, y, 0).to(x.dtype))

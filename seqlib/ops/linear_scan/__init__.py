@@ -9,12 +9,22 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
+from seqlib.ops.linear_scan.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["IMPLS", "OP", "linear_scan"]
+__all__ = ["IMPLS", "OP", "combine", "linear_scan", "summarize"]
 
 _HERE = "seqlib.ops.linear_scan"
 IMPLS = (
+    Impl(
+        "native",
+        "chunked",
+        f"{_HERE}.native_impl:linear_scan",
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16, torch.complex64),
+        needs=("native",),
+        refuses=frozenset({"mixed precision"}),
+    ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:linear_scan"),
     Impl("reference", "reference", f"{_HERE}.reference:linear_scan"),
 )
@@ -23,7 +33,8 @@ IMPLS = (
 def facts(a: Tensor, b: Tensor, *, initial_state: Tensor | None = None, **_: Any) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, initial_state))
     dtype = torch.promote_types(a.dtype, b.dtype) if a.is_complex() else b.dtype
-    return Facts(b.device.type, dtype, b.shape[1], needs_grad)
+    odd = any(t.dtype in (torch.float16, torch.float64, torch.complex32) for t in (a, b))
+    return Facts(b.device.type, dtype, b.shape[1], needs_grad, frozenset({"mixed precision"} if odd else ()))
 
 
 OP = Op("linear_scan", IMPLS, facts, "linear_scan")

@@ -9,16 +9,35 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
+from seqlib.ops.selective_scan.summary import combine, state_dtype, summarize
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "selective_scan", "step"]
+__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "selective_scan", "step", "summarize"]
 
 _HERE = "seqlib.ops.selective_scan"
+
+
+def _native(form: str, function: str) -> Impl:
+    return Impl(
+        "native",
+        form,
+        f"{_HERE}.native_impl:{function}",
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+        needs=("native",),
+        refuses=frozenset({"complex A", "constant B or C", "float16 or float64 B or C"}),
+    )
+
+
 IMPLS = (
+    _native("chunked", "chunked"),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
     Impl("reference", "reference", f"{_HERE}.reference:selective_scan"),
 )
-STEP_IMPLS = (Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),)
+STEP_IMPLS = (
+    _native("recurrent", "step"),
+    Impl("torch", "recurrent", f"{_HERE}.torch_impl:step"),
+)
 
 
 def facts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Facts:
@@ -28,6 +47,8 @@ def facts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any
     features = {"complex A"} if A.is_complex() else set()
     if x.dim() == 3 and 2 in (B.dim(), C.dim()):
         features.add("constant B or C")
+    if any(t.dtype in (torch.float16, torch.float64) for t in (B, C)):
+        features.add("float16 or float64 B or C")
     seqlen = x.shape[1] if x.dim() == 3 else 1
     return Facts(x.device.type, x.dtype, seqlen, needs_grad, frozenset(features), (("d_state", A.shape[-1]),))
 
@@ -138,13 +159,6 @@ def step(
         return run(x, dt, A, B, C, state, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
 
 
-def state_dtype(x: Tensor, A: Tensor) -> torch.dtype:
-    """The dtype of the computation and of states for these inputs."""
-    return torch.promote_types(
-        torch.float64 if x.dtype == torch.float64 else torch.float32, torch.cfloat if A.is_complex() else torch.float32
-    )
-
-
 def _check(
     x: Tensor,
     dt: Tensor,
@@ -182,6 +196,8 @@ def _check(
             )
         if t.is_complex() and not A.is_complex():
             raise UnsupportedInput(f"{name} is complex but A is real; make A complex with A.to(torch.cfloat)")
+    if B.dim() == C.dim() == len(lead) + 2 and B.shape != C.shape:
+        raise UnsupportedInput(f"B and C must have the same ngroups, got {tuple(B.shape)} and {tuple(C.shape)}")
     if state is not None and tuple(state.shape) != (x.shape[0], d_inner, d_state):
         raise UnsupportedInput(f"the state must have shape {(x.shape[0], d_inner, d_state)}, got {tuple(state.shape)}")
     if state is not None and state.is_complex() and not A.is_complex():

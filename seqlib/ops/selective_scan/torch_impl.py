@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from seqlib.ops.selective_scan.summary import state_dtype
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["chunked", "step"]
@@ -30,7 +31,8 @@ def chunked(
     initial_state: Tensor | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, Tensor]:
-    h = _first_state(x, A, initial_state)
+    wide = state_dtype(x, A)
+    h = x.new_zeros(x.shape[0], *A.shape, dtype=wide) if initial_state is None else initial_state.to(wide)
     starts, real = (None, None) if seq is None else (seq.starts, seq.padding_mask)
     ys = []
     # Recompute each chunk in the backward pass instead of keeping its states.
@@ -61,13 +63,6 @@ def step(
     y, h = _chunk(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, None, None)
     state.copy_(h)
     return y.squeeze(1)
-
-
-def _first_state(x: Tensor, A: Tensor, initial_state: Tensor | None) -> Tensor:
-    wide = torch.promote_types(torch.float64 if x.dtype == torch.float64 else torch.float32, A.dtype)
-    if initial_state is None:
-        return torch.zeros(x.shape[0], *A.shape, dtype=wide, device=x.device)
-    return initial_state.to(wide)
 
 
 def _split(t: Tensor | None, seqlen: int) -> Iterator[Tensor | None]:

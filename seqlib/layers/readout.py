@@ -1,0 +1,73 @@
+"""What follows the convolution or scan of a state-space layer: an activation and a product that mixes channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seqlib.errors import ConfigError
+from seqlib.layers.init import fill_, linear_
+from seqlib.layers.linear import Linear
+
+__all__ = ["ACTIVATIONS", "OUTPUTS", "Readout"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "none": lambda x: x,
+}
+OUTPUTS = ("glu", "linear", "half_glu1", "half_glu2", "none")
+
+
+class Readout(nn.Module):
+    """Positionwise, from (..., d) to (..., d):
+
+        a = activation(y)
+        glu        v * sigmoid(g),  v, g = W a + b     (W: 2d rows)
+        linear     W a + b
+        half_glu1  a * sigmoid(W a + b)
+        half_glu2  y * sigmoid(W a + b)
+        none       a
+
+    Args:
+        d: width.
+        activation: "gelu", "silu", "relu" or "none".
+        output: one of the five above.
+        scale: factor of the initial weights of what is added to the residual stream.
+
+    Source: Gu et al. 2022 (state-spaces/s4, models/s4/s4.py, S4Block) for glu and linear; Smith et al. 2023
+    (lindermanlab/S5, s5/layers.py) for the half gates.
+    """
+
+    def __init__(self, d: int, activation: str = "gelu", output: str = "glu", scale: float = 1.0) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if output not in OUTPUTS:
+            raise ConfigError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+        self.activation, self.output, self.scale = activation, output, scale
+        self.proj = None if output == "none" else Linear(d, 2 * d if output == "glu" else d)
+
+    def reset_parameters(self) -> None:
+        if self.proj is None:
+            return
+        linear_(self.proj, self.scale if self.output == "linear" else 1.0)
+        if self.output == "glu":  # the gate keeps its size
+            weight = self.proj.weight.detach().clone()
+            weight[: self.proj.in_features] *= self.scale
+            fill_(self.proj.weight, weight)
+
+    def forward(self, y: Tensor) -> Tensor:
+        a = ACTIVATIONS[self.activation](y)
+        if self.proj is None:
+            return a
+        mixed = self.proj(a)
+        if self.output == "glu":
+            return F.glu(mixed, -1)
+        if self.output == "linear":
+            return mixed
+        return (a if self.output == "half_glu1" else y) * torch.sigmoid(mixed)

@@ -1,0 +1,117 @@
+"""Input sets of linear_attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from seqlib.ops.case import Case
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["CASES"]
+
+
+def _build(
+    batch: int,
+    seqlen: int,
+    nheads: int,
+    d_state: int,
+    headdim: int,
+    decay: str = "none",
+    *,
+    groups: tuple[int, int] | None = None,
+    strong: float = 1.0,
+    state: bool = False,
+    seq: SequenceInfo | None = None,
+    **options: Any,
+) -> Callable[[torch.Generator], dict[str, Any]]:
+    """decay: none | head | token | channel; `strong` multiplies it. groups: heads of q and of k."""
+
+    def build(g: torch.Generator) -> dict[str, Any]:
+        def draw(*s: int) -> torch.Tensor:
+            return torch.randn(*s, generator=g, dtype=torch.float64)
+
+        q_heads, k_heads = groups or (nheads, nheads)
+        made: dict[str, Any] = {
+            "q": draw(batch, seqlen, q_heads, d_state) * d_state**-0.5,
+            "k": draw(batch, seqlen, k_heads, d_state),
+            "v": draw(batch, seqlen, nheads, headdim),
+        }
+        shapes = {
+            "head": (nheads,),
+            "token": (batch, seqlen, nheads),
+            "channel": (batch, seqlen, nheads, d_state),
+        }
+        if decay in shapes:
+            # Log-uniform: memories of one to about a hundred tokens.
+            rate = torch.exp(-4.6 * torch.rand(shapes[decay], generator=g, dtype=torch.float64))
+            made["log_decay"] = -strong * rate
+        if state:
+            made["initial_state"] = draw(batch, nheads, d_state, headdim)
+        return made | ({"seq": seq} if seq else {}) | options
+
+    return build
+
+
+def _mask(*rows: str) -> torch.Tensor:
+    return torch.tensor([[c == "x" for c in row] for row in rows])
+
+
+_REAL = _mask("xxxxxxxxxxx...", ".....xxxxxxxxx", "..............", "x...xx.......x")
+PACKED = SequenceInfo.packed([5, 1, 1, 40, 34, 80])
+CONTINUED = SequenceInfo.packed([5, 1, 34, 121], continues=True)
+PADDED = SequenceInfo(padding_mask=_REAL)
+MIXED = SequenceInfo(
+    starts=_mask("x....x..x.....", "......x.......", "x...x.........", "..x..xx......x"), padding_mask=_REAL
+)
+_KEEP = frozenset({"log_decay", "initial_state"})
+_KINDS = ("none", "head", "token", "channel")
+
+
+def _case(name: str, *sizes: Any, **options: Any) -> Case:
+    return Case(name, _build(*sizes, **options), _KEEP)
+
+
+def _bench(name: str, seqlen: int, nheads: int, d_state: int, headdim: int, decay: str, groups: int = 0) -> Case:
+    tokens, heads = seqlen * nheads, groups or nheads
+    return Case(
+        name,
+        _build(1, seqlen, nheads, d_state, headdim, decay, groups=(heads, heads)),
+        _KEEP,
+        bench=True,
+        # Chunks of 64: half of the square scores and their product with v, then reading and updating the state.
+        flops=tokens * (64.0 * (d_state + headdim) + 4.0 * d_state * headdim),
+        nbytes=4.0 * (2 * tokens * headdim + 2 * seqlen * heads * d_state),
+    )
+
+
+CASES = (
+    *(_case(f"{kind}_130", 2, 130, 3, 16, 20, kind, state=True) for kind in _KINDS),
+    *(_case(f"{kind}_one_position", 2, 1, 2, 5, 7, kind, state=True) for kind in _KINDS),
+    *(_case(f"{kind}_groups", 2, 65, 6, 16, 8, kind, groups=(2, 2), state=True) for kind in _KINDS),
+    *(_case(f"{kind}_packed", 1, 161, 2, 16, 9, kind, seq=PACKED, state=True) for kind in _KINDS),
+    *(_case(f"{kind}_continued", 1, 161, 2, 9, 16, kind, seq=CONTINUED, state=True) for kind in _KINDS),
+    *(_case(f"{kind}_padded", 4, 14, 2, 5, 6, kind, seq=PADDED) for kind in _KINDS),
+    *(_case(f"{kind}_padded_state", 4, 14, 2, 5, 6, kind, seq=PADDED, state=True) for kind in _KINDS),
+    *(_case(f"{kind}_mixed_groups", 4, 14, 4, 5, 6, kind, seq=MIXED, state=True, groups=(1, 2)) for kind in _KINDS),
+    *(_case(f"{kind}_strong", 1, 100, 2, 16, 16, kind, strong=30.0, state=True) for kind in _KINDS[1:]),
+    *(_case(f"token_tail_{n}", 1, n, 2, 16, 16, "token") for n in (2, 63, 64, 65, 100)),
+    _case("token_wide", 1, 70, 1, 64, 64, "token", state=True),
+    _case("token_odd_33", 1, 66, 2, 33, 33, "token", state=True),
+    _case("head_wide_state", 1, 70, 2, 130, 20, "head", scale=130**-0.5),
+    _case("token_wide_head", 1, 70, 1, 20, 150, "token", state=True),
+    _case("head_scale", 1, 40, 2, 16, 16, "head", scale=0.25),
+    _case("token_chunk_size", 1, 50, 2, 16, 16, "token", chunk_size=7, state=True),
+    _case("channel_chunk_size", 1, 50, 2, 16, 16, "channel", chunk_size=33),
+    _case("both_sides", 2, 70, 2, 16, 9, causal=False),
+    _case("both_sides_head", 2, 70, 2, 16, 9, "head", causal=False, groups=(1, 1)),
+    _case("both_sides_padded", 4, 14, 2, 5, 6, causal=False, seq=PADDED),
+    _case("both_sides_mixed", 4, 14, 2, 5, 6, causal=False, seq=MIXED),
+    _case("both_sides_head_mixed", 4, 14, 2, 5, 6, "head", causal=False, seq=MIXED),
+    _bench("lightning_1x4096x8x64", 4096, 8, 64, 64, "head"),
+    _bench("scalar_decay_1x4096x8x64", 4096, 8, 64, 64, "token"),
+    _bench("mamba2_130m_1x2048x24", 2048, 24, 128, 64, "token", groups=1),
+    _bench("gla_1x2048x4x64", 2048, 4, 64, 64, "channel"),
+)

@@ -1,0 +1,117 @@
+"""Kernels of state spaces as real matrix products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from seqlib.ops.ssm_kernel.discretize import discretize
+
+__all__ = ["block_size", "diag", "dplr", "powers", "real_pairs"]
+
+
+def diag(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, discretization: str) -> Tensor:
+    """With l = a T + b, decay^l = (decay^T)^a decay^b: a table of coarse powers times one of T fine ones."""
+    high = torch.float64 if dt.dtype == torch.float64 else torch.float32
+    with torch.autocast(dt.device.type, enabled=False):
+        log_decay, B_bar = discretize(A, B, dt, discretization)
+        size = block_size(length)
+        count = -(-length // size)
+        d, n = log_decay.shape
+        lead = C.shape[:-2]
+        weight = (C * B_bar).reshape(-1, d, n).transpose(0, 1)  # d c n
+        weight = weight * (2 if A.is_complex() else 1)
+        coarse = powers(log_decay, high, count, step=size)  # d a n
+        fine = powers(log_decay, high, size)
+        left = (weight.to(coarse.dtype)[:, :, None] * coarse[:, None]).flatten(1, 2)  # d ca n
+        kernel = real_pairs(left) @ real_pairs(fine, conjugate=True).mT
+        kernel = kernel.view(d, -1, count * size)[..., :length]
+        return kernel.transpose(0, 1).reshape(*lead, d, length)
+
+
+def dplr(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, l_kernel: int) -> Tensor:
+    """The truncated generating function at the roots of unity w = e^(-2i theta), theta = pi k / l_kernel.
+
+    Each sum over conjugate pairs of v / (1 - w - (1 + w) alpha/2), alpha = dt A, is
+        e^(i theta) [4i sin Re v - 2 cos Re(v conj(alpha))] / [cos^2 |alpha|^2 - 4 sin^2 - 4i sin cos Re alpha]
+    which has no pole at w = -1. All sums share the denominator, so they are one real matrix product.
+    """
+    high = torch.float64 if dt.dtype == torch.float64 else torch.float32
+    wide = high.to_complex()
+    with torch.autocast(dt.device.type, enabled=False):
+        A, P, B, C = (t.to(wide) for t in (A, P, B, C))
+        dt = dt.to(high)
+        rank, d, n = P.shape
+        lead = C.shape[:-2]
+        alpha = dt[:, None] * A
+        left = torch.cat([C.reshape(-1, d, n), P.conj()]).transpose(0, 1)  # d c+r n
+        right = torch.cat([B.expand(d, n)[None], P]).transpose(0, 1)  # d 1+r n
+        v = left[:, :, None] * right[:, None]  # d c+r 1+r n
+        numerators = torch.cat([v.real, (v * alpha.conj()[:, None, None]).real], 1).flatten(1, 2)
+
+        theta = torch.arange(l_kernel // 2 + 1, device=dt.device, dtype=torch.float64) * (math.pi / l_kernel)
+        sin, cos = torch.sin(theta).to(high), torch.cos(theta).to(high)
+        square = (alpha.real.square() + alpha.imag.square())[..., None]
+        re = square * (cos * cos) - 4 * (sin * sin)  # d n k
+        im = -4 * alpha.real[..., None] * (sin * cos)
+        norm = re * re + im * im
+        inverse = torch.cat([re / norm, -im / norm], -1)
+        sums = (numerators @ inverse).view(d, 2, left.shape[1], 1 + rank, 2, -1)  # d part left right re/im k
+        p, q = (torch.complex(sums[:, i, ..., 0, :], sums[:, i, ..., 1, :]) for i in (0, 1))
+        turn = torch.complex(cos, sin)
+        s = turn * (4j * sin * p - 2 * cos * q)  # d left right k
+
+        h = turn.conj() * cos * dt[:, None]  # (1 + w) dt / 2
+        C_B, C_P = s[:, :-rank, 0], s[:, :-rank, 1:]  # d c k and d c r k
+        Q_B, Q_P = s[:, -rank:, 0], s[:, -rank:, 1:]  # d r k and d r r k
+        inner = _solve(Q_P * h[:, None, None], Q_B)  # d r k
+        spectrum = dt[:, None, None] * (C_B - h[:, None] * (C_P * inner[:, None]).sum(2))
+        kernel = torch.fft.irfft(spectrum, l_kernel)[..., :length]
+        return kernel.transpose(0, 1).reshape(*lead, d, length)
+
+
+def powers(log_decay: Tensor, high: torch.dtype, count: int, *, first: int = 0, step: int = 1) -> Tensor:
+    """exp(log_decay (first + step k)), k < count: (d, count, d_state) in the precision of `high`.
+
+    Exponents are never negative, so that no factor of a product overflows where the product is small.
+    """
+    size = 8
+    if count <= 2 * size:
+        return _exp(log_decay, high, range(first, first + step * count, step))
+    fine = _exp(log_decay, high, range(first, first + step * size, step))
+    coarse = _exp(log_decay, high, range(0, step * count, step * size))
+    return (coarse[:, :, None] * fine[:, None]).flatten(1, 2)[:, :count]
+
+
+def _exp(log_decay: Tensor, high: torch.dtype, exponents: range) -> Tensor:
+    """Angles are taken in float64 and reduced to one turn: at 10^4 radians float32 has only three digits left."""
+    at = torch.tensor(exponents, dtype=torch.float64, device=log_decay.device)[:, None]
+    size = torch.exp(log_decay.real[:, None].to(high) * at.to(high))
+    if not log_decay.is_complex():
+        return size
+    turns = (log_decay.imag / (2 * math.pi))[:, None] * at
+    angle = (turns - turns.detach().round()).to(high) * (2 * math.pi)
+    return torch.complex(size * torch.cos(angle), size * torch.sin(angle))
+
+
+def real_pairs(t: Tensor, *, conjugate: bool = False) -> Tensor:
+    """(..., n) complex as (..., 2n) real, so that Re(sum x y) is the product of pairs of x and of conj(y)."""
+    if not t.is_complex():
+        return t
+    return torch.view_as_real(t.conj().resolve_conj() if conjugate else t).flatten(-2)
+
+
+def block_size(length: int) -> int:
+    """Fine powers in a table: near the square root of the length, which makes both tables shortest."""
+    return max(16, 1 << math.ceil(math.log2(length) / 2))
+
+
+def _solve(M: Tensor, b: Tensor) -> Tensor:
+    """x of (I + M) x = b for M (d, r, r, k), b (d, r, k) and r of 1 or 2."""
+    if b.shape[1] == 1:
+        return b / (1 + M[:, 0])
+    m00, m01, m10, m11 = 1 + M[:, 0, 0], M[:, 0, 1], M[:, 1, 0], 1 + M[:, 1, 1]
+    x = torch.stack([m11 * b[:, 0] - m01 * b[:, 1], m00 * b[:, 1] - m10 * b[:, 0]], 1)
+    return x / (m00 * m11 - m01 * m10)[:, None]
