@@ -81,17 +81,26 @@ struct Backward {
     const int64_t begin = piece.begin + i * C, count = piece.end - begin < C ? piece.end - begin : C;
     prepare<T, D>(a, at, begin, count, tile);
     each_block([&](int64_t block, int64_t c) {
-      const float* S = states + i * size + block;
-      vf found[C][NC], e[C][NC];
-      read<C>(S, tile.in, a.d_state, found);
-      errors<T>(a, at, begin, count, c, tile, found, e);
-      for (int t = 0; t < C; ++t)
-        for (int j = 0; j < NC; ++j) {
-          store(errors_of + (i * C + t) * padded + c + j * W, e[t][j]);
-          e[t][j] *= tile.beta[t];
-        }
-      if (more) write<D>(S, states + (i + 1) * size + block, tile, a.d_state, e);
+      float* S = states + i * size + block;
+      float* next = more ? S + size : nullptr;
+      float* e = errors_of + i * C * padded + c;
+      a.headdim - c >= columns ? again_block<true>(begin, count, c, S, next, e)
+                               : again_block<false>(begin, count, c, S, next, e);
     });
+  }
+
+  template <bool Whole>
+  void again_block(int64_t begin, int64_t count, int64_t c, const float* S, float* next, float* e_of) {
+    vf found[C][NC], e[C][NC];
+    read<C>(S, tile.in, a.d_state, found);
+    errors<T, Whole>(a, at, begin, count, c, tile, found, e);
+#pragma GCC unroll 4
+    for (int t = 0; t < C; ++t)
+      for (int j = 0; j < NC; ++j) {
+        store(e_of + t * padded + j * W, e[t][j]);
+        e[t][j] *= tile.beta[t];
+      }
+    if (next) write<D>(S, next, tile, a.d_state, e);
   }
 
   void reverse(const DeltaPiece& piece, int64_t i) {
@@ -99,12 +108,16 @@ struct Backward {
     prepare<T, D>(a, at, begin, count, tile);
     const Columns x{errors_of + i * C * padded, rest, rest + C * padded, rest + 2 * C * padded, padded};
     for (vf& sum : made.scalar) sum = vf{};
-    each_block([&](int64_t block, int64_t c) { values(begin, count, G + block, c, x); });
+    each_block([&](int64_t block, int64_t c) {
+      a.headdim - c >= columns ? values<true>(begin, count, G + block, c, x)
+                               : values<false>(begin, count, G + block, c, x);
+    });
     rows(states + i * size, x);
     keys(begin, count);
   }
 
   // Gradients of the values in columns from c on, and the sums over columns that the scores and beta need.
+  template <bool Whole>
   void values(int64_t begin, int64_t count, const float* block, int64_t c, const Columns& x) {
     vf du[C][NC], u[C][NC], de[C][NC], dy[C][NC];
     read<C>(block, tile.out, a.d_state, du);
@@ -115,7 +128,7 @@ struct Backward {
       float* dv = real ? g.dv + (((at.b * a.seqlen) + begin + t) * a.nheads + at.h) * a.headdim + c : nullptr;
       for (int j = 0; j < NC; ++j) {
         const int64_t left = a.headdim - c - j * W;
-        dy[t][j] = real ? get(given + j * W, left) : vf{};
+        dy[t][j] = real ? get_block<Whole>(given + j * W, left) : vf{};
         vf d = du[t][j];
         for (int s = t; s < C; ++s) d += dy[s][j] * tile.qk[s][t];
         for (int s = t + 1; s < C; ++s) d -= de[s][j] * tile.kk[s][t];
@@ -123,7 +136,7 @@ struct Backward {
         made.scalar[C * C + t] += e * d;
         de[t][j] = d * tile.beta[t];
         u[t][j] = e * tile.beta[t];
-        if (real) put(dv + j * W, de[t][j], left);
+        if (real) put_block<Whole>(dv + j * W, de[t][j], left);
         store(x.u + t * padded + c + j * W, u[t][j]);
         store(x.de + t * padded + c + j * W, de[t][j]);
         store(x.dy + t * padded + c + j * W, dy[t][j]);
