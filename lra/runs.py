@@ -167,9 +167,9 @@ class Follow(TrainerCallback):
         if self.bar:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         row = self.reporter.latest
-        if "loss" not in row:
+        if "loss" not in (logs or {}):
             return
         figures = f"loss {row['loss']:.3f}  {row['examples_per_s']:,.0f} examples/s"
         if "accuracy" in row:

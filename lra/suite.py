@@ -53,21 +53,19 @@ class Tier:
     batch_size: int = 64
 
 
-def _mqar(seqlen: int, pairs: int, steps: int) -> Trial:
-    data = {"seqlen": seqlen, "pairs": pairs, "vocab_size": 256}
+def _mqar(seqlen: int, pairs: int, steps: int, vocab_size: int = 1024) -> Trial:
+    data = {"seqlen": seqlen, "pairs": pairs, "vocab_size": vocab_size}
     return Trial(f"mqar {seqlen}/{pairs}", "mqar", data, steps)
 
 
 TIERS: dict[str, Tier] = {
-    "smoke": Tier(
-        (Trial("induction 32", "induction", {"seqlen": 32}, 200), _mqar(32, 4, 200)), 2, d_model=32, batch_size=32
-    ),
+    "smoke": Tier((Trial("induction 32", "induction", {"seqlen": 32}, 200), _mqar(32, 4, 300, 64)), 2, batch_size=32),
     "quick": Tier(
         (
             Trial("induction 64", "induction", {"seqlen": 64}, 400),
-            _mqar(32, 4, 800),
-            _mqar(64, 8, 1000),
-            _mqar(128, 16, 1000),
+            _mqar(32, 4, 600, 64),
+            _mqar(64, 8, 1000, 128),
+            _mqar(128, 16, 1000, 256),
             Trial("flip-flop 64", "flip_flop", {"seqlen": 64}, 400),
         ),
         15,
