@@ -35,7 +35,7 @@ class Kept:
 
     def __call__(self, name: str, key: Hashable, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
         # Inference tensors count no writes.
-        if torch.is_grad_enabled() or any(t.is_inference() for t in sources):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(t.is_inference() for t in sources):
             return make()
         versions = [t._version for t in sources]
         known = self._values.get(name)

@@ -46,7 +46,7 @@ def step(
     if window is not None and capacity != window:
         raise UnsupportedInput(f"a window of {window} needs a state of that capacity, got {capacity}")
     filled: int | None = None
-    if state.length.device.type == "cpu":
+    if state.length.device.type == "cpu" and not torch.compiler.is_compiling():
         filled = int(state.length.max()) + 1
         if window is None and filled > capacity:
             raise UnsupportedInput(f"the cache holds {capacity} tokens and is full; make room with state.reserve(...)")
