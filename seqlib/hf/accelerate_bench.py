@@ -29,7 +29,7 @@ VOCABULARY = 50280
 
 
 def measure(model: Any, seqlen: int, train_seqlen: int, new_tokens: int, repeats: int) -> dict[str, Any]:
-    """Seconds of a forward pass, with and without the head, of a training step and a decoded token; logits to compare."""
+    """Seconds of a forward pass with and without the head, of a training step and a token; logits to compare."""
     ids = torch.randint(0, VOCABULARY, (1, max(seqlen, train_seqlen)), generator=torch.Generator().manual_seed(0))
 
     def forward() -> None:
