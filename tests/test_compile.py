@@ -34,8 +34,7 @@ def test_a_decoding_step_is_one_graph(kind: str) -> None:
     torch.testing.assert_close(torch.stack(made, 1), backbone(x)[0], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("stack", [*STACKS, *OTHERS])
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize(("stack", "lean"), [*((stack, True) for stack in (*STACKS, *OTHERS)), ("hybrid", False)])
 def test_a_training_step_is_one_graph(stack: str, lean: bool) -> None:
     """Loss and gradients of the compiled model, traced through the backward pass, are those of the plain one."""
     model, ids = tiny(stack).train(), torch.cat(prompt(12, 12))
