@@ -42,6 +42,10 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True},
         {"nheads": 2, "window": 4, "forget_gate": True},
     ],
+    "path": [
+        {"nheads": 2},
+        {"nheads": 4, "nheads_kv": 2, "w_rank": None, "d_conv": 2, "forget_gate": True, "qk_norm": True},
+    ],
     "sum": [
         {"mixers": [{"kind": "attention", "nheads": 2}, {"kind": "mamba2", "headdim": 16, "d_state": 4}]},
         {

@@ -179,6 +179,8 @@ def _check_held(q: Tensor, log_decay: Tensor | None, state: KVState) -> None:
 
 
 def _check_state(k: Tensor, v: Tensor, state: KVState, window: int | None) -> None:
+    if type(state) is not KVState:
+        raise UnsupportedInput(f"attention takes a KVState, whose keys are as they came, got {type(state).__name__}")
     if window is not None and state.capacity != window:
         raise UnsupportedInput(f"a window of {window} needs a state of that capacity, got {state.capacity}")
     for name, new, old in (("k", k, state.k), ("v", v, state.v)):

@@ -13,7 +13,7 @@ from seqlib.ops.attention.state import KVState
 from seqlib.ops.case import Case
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "from_letters"]
 
 
 def _build(
@@ -56,7 +56,7 @@ def _build(
     return build
 
 
-def _ids(*rows: str) -> SequenceInfo:
+def from_letters(*rows: str) -> SequenceInfo:
     """One letter per token: a new document where the letter changes, "." is padding, "<" goes on from the state."""
     numbers = torch.tensor([[-1 if c == "." else ord(c) for c in row] for row in rows])
     seq = SequenceInfo.from_seq_ids(numbers)
@@ -70,9 +70,9 @@ def _pad(seqlen: int, *rows: tuple[int, int]) -> SequenceInfo:
     return SequenceInfo(padding_mask=torch.stack([(i >= left) & (i < seqlen - right) for left, right in rows]))
 
 
-_PACKED = _ids("aaaaabbbcccccccddddddddde", "abbbbbbbbbbbbbbbbbbbbbbbb")
-_MIXED = _ids("..aaaabbb..ccc...", "aaaaaaaaaaaaaaaaa", ".................", "a...............b")
-_CONTINUED = _ids("<<<<<<aaabbbb", "..<<..<<a....", "aaaaaabbbbbbb", "<<<<<<<<<<<<<", ".............")
+_PACKED = from_letters("aaaaabbbcccccccddddddddde", "abbbbbbbbbbbbbbbbbbbbbbbb")
+_MIXED = from_letters("..aaaabbb..ccc...", "aaaaaaaaaaaaaaaaa", ".................", "a...............b")
+_CONTINUED = from_letters("<<<<<<aaabbbb", "..<<..<<a....", "aaaaaabbbbbbb", "<<<<<<<<<<<<<", ".............")
 
 
 def _bench(name: str, window: int | None) -> Case:

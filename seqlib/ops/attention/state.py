@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor
 from seqlib.sequence import SequenceInfo, State
 
 __all__ = ["KVState", "append", "take_rows"]
+
+K = TypeVar("K", bound="KVState")
 
 
 @dataclass
@@ -62,12 +65,12 @@ class KVState(State):
     def capacity(self) -> int:
         return self.k.shape[1]
 
-    def reserve(self, capacity: int) -> KVState:
+    def reserve(self: K, capacity: int) -> K:
         """The same tokens with room for at least `capacity`; not for rings, whose capacity is their window."""
         more = max(0, capacity - self.capacity)
         decay = None if self.log_decay is None else F.pad(self.log_decay, (0, 0, 0, more))
         k, v = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k, self.v))
-        return KVState(k, v, self.length, decay)
+        return type(self)(k, v, self.length, decay)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

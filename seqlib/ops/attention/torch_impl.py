@@ -6,7 +6,7 @@ like length and attended one by one. A causal row padded on its right needs no m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from seqlib.ops.attention.documents import documents
 from seqlib.ops.attention.state import KVState, append, take_rows
 from seqlib.sequence import SequenceInfo
 
@@ -75,37 +76,13 @@ def _attention(
         known, begin = _with_past(state, None, keys, window)
         return form(queries, known, _Rule(window, causal, scale, begin)), final
     y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
-    for index, real, rows in _documents(seq, has_state=state is not None):
+    for index, real, rows in documents(seq, has_state=state is not None):
         ours, theirs = (tuple(t.flatten(0, 1)[index] for t in tokens) for tokens in (queries, keys))
         known, begin = _with_past(None if rows is None else state, rows, theirs, window)
         end = None if causal else real.sum(1)
         part = form(ours, known, _Rule(window, causal, scale, begin, end))
         y = y.index_copy(0, index[real], part[real])
     return y.unflatten(0, q.shape[:2]), final
-
-
-def _documents(seq: SequenceInfo, *, has_state: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Groups of documents of like length: flat indices of their tokens (ndocs, longest), which of them are real (the
-    others repeat the last token), and the batch rows whose state they go on from (None: they start afresh)."""
-    shape, like = seq.shape, seq.starts if seq.starts is not None else seq.padding_mask
-    assert shape is not None and like is not None
-    real = seq.padding_mask if seq.padding_mask is not None else torch.ones_like(like)
-    starts = seq.starts & real if seq.starts is not None else torch.zeros_like(real)
-    row_of = torch.arange(shape[0], device=like.device)[:, None] * (shape[1] + 1)
-    token = real.flatten().nonzero()[:, 0]
-    number, count = torch.unique_consecutive((starts.long().cumsum(1) + row_of).flatten()[token], return_counts=True)
-    first = count.cumsum(0) - count
-    continues = (number % (shape[1] + 1) == 0) & has_state
-    # Rows of one group differ by less than a factor of two, so less than half of what is computed is padding.
-    groups: dict[tuple[bool, int], list[int]] = {}
-    for i, (goes_on, n) in enumerate(zip(continues.tolist(), count.tolist())):
-        groups.setdefault((goes_on, n.bit_length()), []).append(i)
-    for (goes_on, _), members in groups.items():
-        chosen = torch.tensor(members, device=like.device)
-        lengths = count[chosen, None]
-        steps = torch.arange(int(lengths.max()), device=like.device)
-        index = token[first[chosen, None] + torch.minimum(steps, lengths - 1)]
-        yield index, steps < lengths, number[chosen] // (shape[1] + 1) if goes_on else None
 
 
 def _with_past(
