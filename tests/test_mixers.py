@@ -46,6 +46,12 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 2},
         {"nheads": 4, "nheads_kv": 2, "w_rank": None, "d_conv": 2, "forget_gate": True, "qk_norm": True},
     ],
+    "rpe_attention": [
+        {"nheads": 4, "window": 9, "n_features": 6},
+        {"nheads": 2, "window": 70, "feature_map": "elu1", "bias": True},
+        # A bias of zero is one exponential, as long as the window reaches over every test.
+        {"nheads": 4, "window": 80, "decode": "exponentials", "n_exponentials": 2},
+    ],
     "sum": [
         {"mixers": [{"kind": "attention", "nheads": 2}, {"kind": "mamba2", "headdim": 16, "d_state": 4}]},
         {

@@ -23,6 +23,7 @@ from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.path import Path
 from seqlib.mixers.retnet import RetNet
+from seqlib.mixers.rpe_attention import RPEAttention
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
@@ -51,6 +52,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
     "path": Path,
+    "rpe_attention": RPEAttention,
     "sum": Sum,
 }
 
