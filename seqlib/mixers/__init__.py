@@ -27,7 +27,7 @@ from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
 from seqlib.mixers.transnormer import DiagAttention, TransNormer
 
-__all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
+__all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config", "sized"]
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
@@ -79,3 +79,22 @@ def build_mixer(
     """The mixer that a config describes, at its place in a stack (see `Mixer`)."""
     config = mixer_config(config)
     return MIXERS[config.kind](config, d_model, layer_index=layer_index, n_layer=n_layer, branches=branches)
+
+
+def sized(config: Mapping[str, Any], d_model: int, *, headdim: int = 32, window: int = 16) -> dict[str, Any]:
+    """A config with heads and windows for a small model where it names none; defaults are made for large ones.
+
+    >>> sized({"kind": "retnet"}, 128)
+    {'nheads': 4, 'kind': 'retnet'}
+    """
+    fields = {f.name: f.default for f in dataclasses.fields(MIXERS[config["kind"]].Config)}
+    wanted: dict[str, Any] = {}
+    if "nheads" in fields:
+        wanted["nheads"] = max(1, d_model // headdim)
+        if isinstance(fields.get("headdim"), int):
+            wanted["headdim"] = None
+    elif "headdim" in fields:
+        wanted["headdim"] = min(2 * headdim, d_model)  # of twice as many channels
+    if "window" in fields and fields["window"] is not None:
+        wanted["window"] = window
+    return wanted | dict(config)
