@@ -121,7 +121,7 @@ def mixer_sweep() -> Recipe:
     """What `seqlib-lm sweep` trains once per mixer; alone, it trains softmax attention."""
     return Recipe(
         name="mixer_sweep", d_model=128, n_layer=4, layer_pattern="m", mixers={"m": {"kind": "attention", "nheads": 4}},
-        mlp={}, seqlen=512, batch_size=4, steps=800, learning_rate=4e-3, save_every=800,
+        mlp={}, seqlen=512, batch_size=4, steps=500, learning_rate=4e-3, save_every=500,
     )  # fmt: skip
 
 
