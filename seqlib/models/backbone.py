@@ -31,7 +31,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.layers: Sequence[Block] = nn.ModuleList(Block(config, i) for i in range(config.n_layer))  # type: ignore[assignment]
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm_offset)
         # The names that transformers' gradient_checkpointing_enable() looks for and sets.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = _checkpoint
@@ -92,6 +92,8 @@ class Backbone(nn.Module):
         for i in range(len(self.layers)):
             for names, wanted in self.mixer(i).param_groups():
                 options.update({f"layers.{i}.mixer.{name}": wanted for name in names})
+            if getattr(self.layers[i].mlp, "choice_bias", None) is not None:
+                options[f"layers.{i}.mlp.choice_bias"] = {"weight_decay": 0.0}
         return options
 
 
