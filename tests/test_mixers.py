@@ -34,9 +34,16 @@ VARIANTS: dict[str, list[dict]] = {
         {"d_state": 8, "discretization": "bilinear", "C_init": "complex_normal", "output": "half_glu2", "rate": 2.0},
         {"d_state": 8, "C_init": "lecun_normal", "clip_eigs": True, "output": "glu"},
     ],
+    "dss": [{"d_state": 6}, {"d_state": 4, "version": "softmax", "l_max": 50, "n_ssm": 2, "rate": 0.5}],
+    "sgconv": [
+        {"l_max": 40, "kernel_dim": 5},
+        {"l_max": 13, "kernel_dim": 2, "init_scale": 1, "kernel_init": "cos", "decay_max": 3.0, "output": "linear"},
+        {"l_max": 33, "kernel_dim": 8, "combine": "sum", "decay": "power", "interpolation": "nearest"},
+        {"l_max": 9, "kernel_dim": 1, "decay": "fixed_power", "decay_min": 1.0},
+    ],
 }
 # Convolved through transforms, whose rounding reaches every position.
-TRANSFORMED = {"s4", "s4d"}
+TRANSFORMED = {"s4", "s4d", "dss", "sgconv"}
 ROWS = [pytest.param({"kind": kind, **v}, id=f"{kind}{i}") for kind in MIXERS for i, v in enumerate(VARIANTS[kind])]
 every = pytest.mark.parametrize("config", ROWS)
 

@@ -9,11 +9,13 @@ from typing import Any
 from seqlib.errors import ConfigError
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
+from seqlib.mixers.dss import DSS
 from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
+from seqlib.mixers.sgconv import SGConv
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -25,6 +27,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "s4d": S4D,
     "lru": LRU,
     "s5": S5,
+    "dss": DSS,
+    "sgconv": SGConv,
 }
 
 
