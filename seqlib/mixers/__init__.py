@@ -10,8 +10,11 @@ from seqlib.errors import ConfigError
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.dss import DSS
+from seqlib.mixers.hyena import Hyena
+from seqlib.mixers.lmu import LMU
 from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
+from seqlib.mixers.mega import Mega
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
@@ -29,6 +32,9 @@ MIXERS: dict[str, type[Mixer]] = {
     "s5": S5,
     "dss": DSS,
     "sgconv": SGConv,
+    "mega": Mega,
+    "hyena": Hyena,
+    "lmu": LMU,
 }
 
 
