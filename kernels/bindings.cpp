@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqlib, m) {
   m.def("delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor(a!) state, float scale) -> Tensor");
   m.def("long_conv(Tensor x, Tensor kernel, Tensor? D, Tensor? reverse_kernel, Tensor? state) -> Tensor");
   m.def("long_conv_bwd(Tensor dy, Tensor x, Tensor kernel, Tensor? D, Tensor? reverse_kernel, Tensor? state) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? spans, float scale, bool keep) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_attention_bwd(Tensor dy, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? spans, Tensor final_state, Tensor checkpoints, float scale, bool needs_decay) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, float scale) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor? gate, bool norm_before_gate, int group_size, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? gate, Tensor rstd, bool norm_before_gate, int group_size, bool needs_weight) -> (Tensor, Tensor, Tensor)");
   m.def("selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? spans, bool dt_softplus, bool keep) -> (Tensor, Tensor, Tensor)");

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seqlib.bench import Peer, Timing, interleaved
+from seqlib.bench import Peer, Timing, interleaved, limits, machine
 from seqlib.errors import SeqlibError
 
-__all__ = ["OP_PEERS", "bench_mamba"]
+__all__ = ["OP_PEERS", "bench_mamba", "report_mamba"]
 
 
 def _scan_channels_first(t: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +76,18 @@ def bench_mamba(
     models = dict(zip(("seqlib", "transformers"), _pair(train_layers)))
     steps = {name: _training_step(model, ids) for name, model in models.items()}
     return report | {"train": _ratio(interleaved(steps, repeats, budget))}
+
+
+def report_mamba(json_file: Path | None, *, repeats: int, budget: float) -> None:
+    """Run `bench_mamba`, print what is asked most, and write everything to `json_file`."""
+    count = torch.get_num_threads()
+    report: dict[str, Any] = {"machine": machine(), "options": {"threads": count}, "limits": limits(count)}
+    report["mamba_130m"] = made = bench_mamba(repeats=repeats, budget=budget)
+    for kind in ("forward", "train", "decode"):
+        ours, theirs = (1e3 * made[kind][name]["wall_s"] for name in ("seqlib", "transformers"))
+        print(f"{kind:<8} seqlib {ours:8.0f} ms   transformers {theirs:8.0f} ms   {made[kind]['ratio']:.1f}x")
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ Column = Annotated[str | None, typer.Option(help="Text column of data sets.")]
 @app.command()
 def train(
     sources: Sources = None,
-    recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "demo",
+    recipe: Annotated[str | None, typer.Option(help="Name of a recipe; default: demo.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
     ] = None,
@@ -49,15 +49,15 @@ def train(
 
     console = _console()
     if resume is not None:
-        if sources or settings or output or suffix or column:
+        if sources or recipe or settings or output or suffix or column:
             raise ConfigError("--resume takes text and recipe from the run folder; leave out everything else")
         run = training.resume(resume, console=console)
     else:
-        if recipe not in RECIPES:
+        if (recipe or "demo") not in RECIPES:
             raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
         if output is None:
             raise ConfigError("say where the run goes with --output FOLDER")
-        chosen = override(RECIPES[recipe](), settings or [])
+        chosen = override(RECIPES[recipe or "demo"](), settings or [])
         data = training.DataSpec.of(sources or (), suffix or (), column)
         corpus = data.read(chosen)
         tell_corpus(console, corpus)
@@ -79,7 +79,10 @@ def evaluate(
     suffix: Suffix = None,
     column: Column = None,
 ) -> None:
-    """Bits per byte and perplexity, the state carried through whole documents."""
+    """Bits per byte and perplexity, the state carried through whole documents.
+
+    Every byte counts; the first of a document is predicted from the token that stands before each document.
+    """
     from .corpus import read_corpus, read_documents
     from .data import tokenize
     from .evaluate import evaluate as score
@@ -125,9 +128,31 @@ def generate(
 
 
 @app.command()
+def bench(
+    what: Annotated[
+        list[str] | None, typer.Argument(help="Ops, or mamba-130m for whole models; none: all ops.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for ops.")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 15,
+    budget: Annotated[float, typer.Option(help="Seconds for each contender and comparison.")] = 5.0,
+) -> None:
+    """Time ops and models beside their peers in transformers, each checked for equal results first."""
+    from seqlib.bench import report
+
+    from .bench import OP_PEERS, report_mamba
+
+    if what == ["mamba-130m"]:
+        report_mamba(json_file, repeats=repeats, budget=budget)
+        return
+    arguments = [*(what or []), "--dtype", dtype, "--repeats", str(repeats), "--budget", str(budget)]
+    raise typer.Exit(report.main([*arguments, *(["--json", str(json_file)] if json_file else [])], peers=OP_PEERS))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Run folder; an earlier demo in it is replaced.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="Training time that the number of steps is fitted to.")] = 4.0,
+    minutes: Annotated[float, typer.Option(help="Time for everything; training gets what the rest leaves.")] = 5.0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
     ] = None,
@@ -175,9 +200,6 @@ def main() -> None:
     except (SeqlibError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted; a training run continues with `seqlib-lm train --resume FOLDER`", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -254,7 +254,9 @@ def _split(
     """Fill the splits that were not given: with whole documents of `loose`, or the end of a long one if none fits."""
     parts = {split: list(documents) for split, documents in given.items()}
     wanted = [split for split in ("test", "validation") if not parts[split]]
-    share = int(held_out * sum(d.nbytes for d in (*loose, *parts["train"])))
+    if wanted:
+        loose, parts["train"] = loose + parts["train"], []
+    share = int(held_out * sum(d.nbytes for d in loose))
     room = dict.fromkeys(wanted, share)
     for document in _shuffled(loose, seed):
         split = next((split for split in wanted if document.nbytes <= room[split]), "train")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -32,14 +33,16 @@ from .train import DataSpec, train
 __all__ = ["run_demo"]
 
 _ORDERS = (2, 4, 6)
-_TRIAL_STEPS = 6
+_TRIAL_STEPS = 10
+_REST_SECONDS = 15.0
 
 
 def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: Console) -> None:
     """Run the demonstration into `output`, replacing an earlier one there.
 
     Args:
-        minutes: training time; the number of steps is fitted to it unless `settings` say `steps=`.
+        minutes: time for everything, compiling the kernels included. Training gets what the rest leaves of it, and the
+            number of steps is fitted to that unless `settings` say `steps=`.
 
     Raises:
         ConfigError: `output` holds something that is no run, or a setting is wrong.
@@ -48,6 +51,7 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
         raise ConfigError(f"minutes must be positive, got {minutes}")
     if output.exists() and any(output.iterdir()) and not (output / "recipe.json").is_file():
         raise ConfigError(f"{output} holds something that is no run; give another --output")
+    end = time.perf_counter() + 60 * minutes
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -74,20 +78,20 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
             rows.append((f"{order}-gram, Kneser-Ney", model.bits_per_byte(texts["test"])))
             console.print(f"{rows[-1][0]}: {rows[-1][1]:.3f} bits per byte")
 
+    limit = _TimeLimit(math.inf)
     if not any(setting.split("=")[0].strip() == "steps" for setting in settings):
         with section("Speed of this machine"):
-            recipe = _fitted(recipe, data, corpus, minutes, console)
+            recipe, limit = _fitted(recipe, data, corpus, end, console)
 
     with section("Training"):
         if output.exists():
             shutil.rmtree(output)
-        limit = _TimeLimit(1.25 * 60 * minutes)
         run = train(recipe, data, output, console=console, corpus=corpus, callbacks=[limit])
         if limit.stopped_at:
             console.print(f"stopped at step {limit.stopped_at} of {recipe.steps}: this machine became slower")
 
     with section("Loading again with AutoModelForCausalLM.from_pretrained"):
-        loaded = AutoModelForCausalLM.from_pretrained(run.model)
+        loaded = AutoModelForCausalLM.from_pretrained(run.model).eval()
         tokenizer = AutoTokenizer.from_pretrained(run.model)
         nparameters = sum(p.numel() for p in loaded.parameters())
         console.print(f"{type(loaded).__name__} from {run.model}: {nparameters:,} parameters, {recipe.layer_pattern!r}")
@@ -102,7 +106,7 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
 
     with section("Generation"):
         made = generate(
-            loaded, tokenizer, b"def ", max_new_tokens=300, temperature=0.6, seed=recipe.seed, out=sys.stdout
+            loaded, tokenizer, b"def ", max_new_tokens=300, temperature=0.8, seed=recipe.seed, out=sys.stdout
         )
         console.print(f"{made.new_tokens} bytes, {made.tokens_per_s:.0f} per second")
 
@@ -121,29 +125,30 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
 class _TimeLimit(TrainerCallback):
     """Ends a run that takes longer than its trial promised."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, end: float) -> None:
+        self.end = end
         self.stopped_at = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.end = time.perf_counter() + self.seconds
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if time.perf_counter() > self.end and state.global_step < state.max_steps:
+        logged = state.global_step >= state.logging_steps
+        if logged and time.perf_counter() > self.end and state.global_step < state.max_steps:
             self.stopped_at = state.global_step
             control.should_training_stop = True
 
 
-def _fitted(recipe: Recipe, data: DataSpec, corpus: Corpus, minutes: float, console: Console) -> Recipe:
-    """The recipe with as many steps as fit into `minutes` here, at most its own number; a short trial run tells."""
+def _fitted(recipe: Recipe, data: DataSpec, corpus: Corpus, end: float, console: Console) -> tuple[Recipe, _TimeLimit]:
+    """The recipe with as many steps, up to its own number, as fit here before `end`; a short trial run tells."""
     with tempfile.TemporaryDirectory() as folder:
         trial = dataclasses.replace(recipe, steps=_TRIAL_STEPS, log_every=1, save_every=_TRIAL_STEPS)
         run = train(trial, data, Path(folder) / "trial", console=Console(quiet=True), corpus=corpus)
         elapsed = [row["elapsed_s"] for row in read_metrics(run.metrics)]
     per_step = (elapsed[-1] - elapsed[1]) / (len(elapsed) - 2)  # the first steps also load kernels
-    steps = max(recipe.log_every, min(recipe.steps, int(minutes * 60 / per_step)))
+    # Scoring the test files costs at most half a step on as many bytes; loading, plotting and generating are quick.
+    end -= per_step / 2 * corpus.nbytes("test") / (recipe.batch_size * recipe.seqlen) + _REST_SECONDS
+    left = end - time.perf_counter()
+    steps = max(recipe.log_every, min(recipe.steps, int(0.95 * left / per_step)))
     console.print(f"{per_step:.2f} s per step of {recipe.batch_size * recipe.seqlen:,} bytes: {steps:,} steps")
-    return dataclasses.replace(recipe, steps=steps)
+    return dataclasses.replace(recipe, steps=steps, warmup_steps=min(recipe.warmup_steps, steps // 10)), _TimeLimit(end)
 
 
 def _gzip(documents: Sequence[bytes]) -> float:

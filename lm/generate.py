@@ -61,7 +61,7 @@ def load_model(path: str) -> tuple[Any, Any]:
         raise CheckpointMismatch(
             f"the weights in {path!r} do not make up the model: {wrong}; get a complete checkpoint"
         )
-    return model.eval(), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def generate(

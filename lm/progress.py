@@ -8,10 +8,11 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from seqlib.errors import SeqlibError
@@ -109,8 +110,8 @@ class ProgressCallback(TrainerCallback):
         if not self.console.is_terminal:
             return
         self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            BarColumn(bar_width=10), TextColumn("{task.completed}/{task.total}  {task.fields[figures]}"),
+            TimeRemainingColumn(), TextColumn("left"), console=self.console,
         )  # fmt: skip
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
         self.bar.start()
@@ -120,12 +121,14 @@ class ProgressCallback(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        row = self.metrics.latest
-        if "loss" not in (logs or {}):
+        logs, row = logs or {}, self.metrics.latest
+        if "eval_bits_per_byte" in logs:
+            self.console.print(
+                f"step {state.global_step}: {logs['eval_bits_per_byte']:.3f} bits/byte on validation text"
+            )
+        if "loss" not in logs:
             return
         figures = f"loss {row['loss']:.3f}  {row['bits_per_byte']:.3f} bits/byte  {row['tokens_per_s']:,.0f} tokens/s"
-        if "eval_bits_per_byte" in row:
-            figures += f"  held-out {row['eval_bits_per_byte']:.3f}"
         if self.bar:
             self.bar.update(self.task, figures=figures)
             return
@@ -153,19 +156,13 @@ def plot_loss(metrics: Path, png: Path) -> None:
     train = [(row["tokens"], row["bits_per_byte"]) for row in rows if "loss" in row]
     if not train:
         return
-    per_step = {row["step"]: row["tokens"] for row in rows if "loss" in row}
-    held_out = [
-        (per_step[row["step"]], row["eval_bits_per_byte"])
-        for row in rows
-        if "eval_bits_per_byte" in row and row["step"] in per_step
-    ]
-    smooth, average = [], train[0][1]
-    for _, value in train:
-        average += 0.1 * (value - average)
-        smooth.append(average)
+    per_step = next(row["tokens"] / row["step"] for row in rows if "loss" in row)
+    held_out = [(row["step"] * per_step, row["eval_bits_per_byte"]) for row in rows if "eval_bits_per_byte" in row]
+    tokens, values = zip(*train)
+    reach = len(values) // 50
+    smooth = [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    tokens, values = zip(*train)
     axes.plot(tokens, values, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(tokens, smooth, color="tab:blue", label="training, smoothed")
     if held_out:

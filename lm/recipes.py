@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -25,7 +26,7 @@ class Recipe:
     d_model: int = 256
     n_layer: int = 6
     layer_pattern: str = "m m a"
-    mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: json.loads(json.dumps(_HYBRID)))
+    mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: copy.deepcopy(_HYBRID))
     mlp: Mapping[str, Any] | None = None
     tie_embeddings: bool = True
     tokenizer: str = "bytes"
@@ -100,10 +101,10 @@ def demo() -> Recipe:
         d_model=192,
         n_layer=6,
         seqlen=512,
-        batch_size=8,
-        steps=600,
-        learning_rate=3e-3,
-        warmup_steps=30,
+        batch_size=4,
+        steps=4000,  # the demo takes as many of them as fit into its minutes
+        learning_rate=4e-3,
+        warmup_steps=60,
         save_every=200,
     )
 
@@ -159,9 +160,9 @@ def _replaced(key: str, tree: Any, path: list[str], value: Any) -> dict[str, Any
     if tree is not None and not isinstance(tree, Mapping):
         raise ConfigError(f"--set {key}: {tree!r} has no parts to set")
     first, *rest = path
-    copy = dict(tree or {})
-    copy[first] = _replaced(key, copy.get(first), rest, value) if rest else value
-    return copy
+    parts = dict(tree or {})
+    parts[first] = _replaced(key, parts.get(first), rest, value) if rest else value
+    return parts
 
 
 def _fitted(key: str, kind: Any, value: Any, text: str) -> Any:

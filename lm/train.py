@@ -139,14 +139,16 @@ def train(
         ConfigError: the folder holds a run already, or the recipe describes no model.
         CorpusError: there is no text to train on.
     """
-    if (folder / "recipe.json").exists():
-        raise ConfigError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --output")
     corpus = corpus or data.read(recipe)
     run = Run(folder, recipe, data, corpus.digest)
-    parts = _prepare(run, corpus)  # every wrong setting is found before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    run.write()
-    return _fit(run, parts, console, None, callbacks)
+    arguments = _arguments(run)
+    if arguments.process_index == 0 and (folder / "recipe.json").exists():
+        raise ConfigError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --output")
+    parts = _prepare(run, arguments, corpus)  # every wrong setting is found before anything is written
+    if arguments.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.write()
+    return _fit(run, arguments, parts, console, None, callbacks)
 
 
 def resume(folder: Path, *, console: Console) -> Run:
@@ -156,7 +158,8 @@ def resume(folder: Path, *, console: Console) -> Run:
         raise ConfigError(f"{folder} is finished; its model is {run.model}. Start a new run to train further")
     checkpoint = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.is_dir() else None
     console.print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet, starting from the beginning")
-    return _fit(run, _prepare(run, run.corpus()), console, checkpoint)
+    arguments = _arguments(run)
+    return _fit(run, arguments, _prepare(run, arguments, run.corpus()), console, checkpoint)
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
@@ -218,9 +221,9 @@ class _RecordBackends(TrainerCallback):
         self.done = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not self.done:
+        if not self.done and state.is_world_process_zero:
             self.run.write()
-            self.done = True
+        self.done = True
 
 
 class _Parts(NamedTuple):
@@ -230,12 +233,20 @@ class _Parts(NamedTuple):
     validation: Tokens
 
 
-def _prepare(run: Run, corpus: Corpus) -> _Parts:
+def _prepare(run: Run, arguments: TrainingArguments, corpus: Corpus) -> _Parts:
     recipe = run.recipe
     tokenizer = load_tokenizer(recipe.tokenizer)
-    model = build_model(recipe, tokenizer)
-    rows = PackedRows(tokenize(corpus.train, tokenizer), recipe.seqlen)
-    return _Parts(tokenizer, model, rows, tokenize(corpus.validation, tokenizer))
+    model = build_model(recipe, tokenizer).to(arguments.device)
+    with arguments.main_process_first():
+        rows = PackedRows(tokenize(corpus.train, tokenizer), recipe.seqlen)
+        validation = tokenize(corpus.validation, tokenizer)
+    with _scope(recipe):  # a backend that cannot run here says so now
+        model(**{name: value[None].to(arguments.device) for name, value in rows[0].items()}, use_cache=False)
+    return _Parts(tokenizer, model, rows, validation)
+
+
+def _scope(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
 
 
 def _arguments(run: Run) -> TrainingArguments:
@@ -259,6 +270,7 @@ def _arguments(run: Run) -> TrainingArguments:
         logging_nan_inf_filter=False,  # a NaN must stop the run, not vanish from the average
         save_steps=recipe.save_every,
         save_total_limit=recipe.keep,
+        use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps" if recipe.eval_every else "no",
         eval_steps=recipe.eval_every or None,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -269,31 +281,36 @@ def _arguments(run: Run) -> TrainingArguments:
 
 
 def _fit(
-    run: Run, parts: _Parts, console: Console, checkpoint: str | None, callbacks: Sequence[TrainerCallback] = ()
+    run: Run,
+    arguments: TrainingArguments,
+    parts: _Parts,
+    console: Console,
+    checkpoint: str | None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     recipe = run.recipe
-    arguments = _arguments(run)
     tokens_per_step = recipe.batch_size * recipe.accumulation * recipe.seqlen * arguments.world_size
     metrics = MetricsCallback(run.metrics, tokens_per_step, parts.rows.tokens.bytes_per_token)
     progress = ProgressCallback(metrics, console)
+    reports = [metrics, progress] if arguments.process_index == 0 else []
     trainer = _Trainer(
         model=parts.model,
         args=arguments,
         train_dataset=parts.rows,
         eval_dataset=[],  # transformers wants one; what is evaluated is held_out
-        callbacks=[metrics, progress, _RecordBackends(run), *callbacks],
+        callbacks=[*reports, _RecordBackends(run), *callbacks],
     )
     trainer.held_out = parts.validation, recipe.eval_bytes
     trainer.remove_callback(PrinterCallback)
-    scope = contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
     try:
-        with scope:
+        with _scope(recipe):
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
-    plot_loss(run.metrics, run.folder / "loss.png")
-    aside = run.folder / ".model-being-written"
-    parts.model.save_pretrained(aside)
-    parts.tokenizer.save_pretrained(aside)
-    os.replace(aside, run.model)
+    if arguments.process_index == 0:
+        plot_loss(run.metrics, run.folder / "loss.png")
+        aside = run.folder / ".model-being-written"
+        parts.model.save_pretrained(aside)
+        parts.tokenizer.save_pretrained(aside)
+        os.replace(aside, run.model)
     return run

@@ -123,41 +123,18 @@ def load(folder: Path) -> tuple[dict[str, Examples], dict[str, Any]] | None:
 
 
 def _write(path: Path, examples: Examples) -> None:
-    """A stream with one column of token lists per sequence and `label`; `datasets.Dataset.from_file` opens it too."""
-    n, width = len(examples), examples.width
-    columns: dict[str, Any] = {}
-    for which in range(width):
-        part = examples if width == 1 else _side(examples, which)
-        columns[f"input_ids{'' if which == 0 else '_pair'}"] = pa.LargeListArray.from_arrays(
-            pa.array(part.offsets), pa.array(part.tokens)
-        )
-    columns["label"] = pa.array(examples.labels)
-    table = pa.table(columns)
+    """A stream of token lists and labels, a row per sequence; `datasets.Dataset.from_file` opens it too."""
+    lists = pa.LargeListArray.from_arrays(pa.array(examples.offsets), pa.array(examples.tokens))
+    labels = pa.array(np.repeat(examples.labels, examples.width))
+    table = pa.table({"input_ids": lists, "label": labels})
+    table = table.replace_schema_metadata({"width": str(examples.width)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=max(1, n))
-
-
-def _side(examples: Examples, which: int) -> Examples:
-    rows = [examples.sequence(i, which) for i in range(len(examples))]
-    return Examples.pack(rows, examples.labels, vocab_size=1 << (8 * examples.tokens.itemsize))
+        writer.write_table(table, max_chunksize=max(1, len(table)))
 
 
 def _read(path: Path) -> Examples:
     with pa.memory_map(str(path)) as file:
-        batch = pa.ipc.open_stream(file).read_all().combine_chunks()
-    labels = _numpy(batch["label"])
-    sides = [name for name in ("input_ids", "input_ids_pair") if name in batch.column_names]
-    lists = [_chunk(batch[name]) for name in sides]
-    if len(lists) == 1:
-        return Examples(_numpy(lists[0].values), _numpy(lists[0].offsets), labels)
-    first, second = (Examples(_numpy(part.values), _numpy(part.offsets), labels) for part in lists)
-    rows = [part.sequence(i) for i in range(len(labels)) for part in (first, second)]
-    return Examples.pack(rows, labels, vocab_size=1 << (8 * first.tokens.itemsize), width=2)
-
-
-def _chunk(column: Any) -> Any:
-    return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-
-
-def _numpy(array: Any) -> NDArray[Any]:
-    return _chunk(array).to_numpy(zero_copy_only=True)
+        table = pa.ipc.open_stream(file).read_all()
+    width = int(table.schema.metadata[b"width"])
+    lists, labels = table["input_ids"].chunk(0), table["label"].chunk(0).to_numpy()
+    return Examples(lists.values.to_numpy(), lists.offsets.to_numpy(), labels[::width], width)

@@ -98,7 +98,7 @@ class Op:
         backend = preferred(self.name, backend)
         if torch.compiler.is_compiling():
             return _load(resolve(self, facts, form, backend).impl.target)
-        key = (self.function, facts, form, backend)
+        key = (self.name, self.function, facts, form, backend)
         chosen = _choices.get(key)
         if chosen is None:
             if len(_choices) > 4096:
@@ -124,7 +124,7 @@ _scope: ContextVar[Mapping[str, str] | None] = ContextVar("seqlib_backend", defa
 _loaded: dict[str, Callable[..., Any]] = {}
 _probed: dict[str, str | None] = {}
 _warned: set[str] = set()
-_choices: dict[tuple[str, Facts, str, str], Callable[..., Any]] = {}
+_choices: dict[tuple[str, str, Facts, str, str], Callable[..., Any]] = {}
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from seqlib.errors import NativeUnavailable
 __all__ = ["build", "compiler_version", "load", "sources", "why_unavailable"]
 
 _PACKAGE = Path(__file__).resolve().parent
+_PREBUILT = _PACKAGE / "_lib"  # where `python -m seqlib.native build` puts a library
 _ABI = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10, the oldest we support
 
 
@@ -92,7 +93,7 @@ def build(target: str, folder: Path) -> Path:
 
 
 def _find(target: str) -> Path | None:
-    prebuilt = _PACKAGE / "_lib" / _name(target)
+    prebuilt = _PREBUILT / _name(target)
     if prebuilt.exists():
         return prebuilt
     if shutil.which(_compiler_name()):
@@ -219,7 +220,11 @@ def _lock(path: Path) -> Iterator[None]:
     import fcntl
 
     with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"seqlib: another process is compiling (it holds {path}), waiting ...", file=sys.stderr, flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
@@ -229,7 +234,7 @@ def _main() -> None:
     parser.add_argument("--target", default="cpu", choices=("cpu",))
     options = parser.parse_args()
     if options.command == "build":
-        library = build(options.target, _PACKAGE / "_lib")
+        library = build(options.target, _PREBUILT)
         wanted = library.with_name(_name(options.target))
         os.replace(library, wanted)
         print(wanted)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+with torch.device("meta"):  # remembers which functions make tensors, which must be those from before the poison
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -8,14 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqlib.errors import UnsupportedInput
+from seqlib import native
+from seqlib.errors import BackendUnavailable, UnsupportedInput
 from seqlib.ops import delta_rule
 from seqlib.ops.delta_rule import step
 from seqlib.sequence import SequenceInfo
 
 KINDS = ("none", "token", "channel")
-BACKENDS = ("reference", "torch")
-STEP_BACKENDS = ("torch",)
+BACKENDS = ("reference", "torch", "native")
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def _native(request: pytest.FixtureRequest) -> None:
+    wants = getattr(request.node, "callspec", None)
+    if wants and wants.params.get("backend") == "native" and native.why_unavailable():
+        pytest.skip(f"no native library: {native.why_unavailable()}")
 
 
 def _draw(
@@ -42,27 +50,44 @@ def _draw(
     return {k: v if v is None else v.to(dtype) for k, v in made.items()}
 
 
+def _dtype(backend: str) -> torch.dtype:
+    return torch.float32 if backend == "native" else torch.float64
+
+
 def _part(t: dict[str, Any], where: Any, **changed: Any) -> dict[str, Any]:
     """The call on some positions; states stay whole."""
     return {k: v if v is None or k == "initial_state" else v[:, where] for k, v in t.items()} | changed
 
 
-def _assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-11) -> None:
+def _assert_close(got: Tensor, want: Tensor, tolerance: float | None = None) -> None:
+    tolerance = TOLERANCE[got.dtype] if tolerance is None else tolerance
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [(64, 17), (1, 79, 1), (33, 16, 32)])
-def test_split_invariance(kind: str, sizes: tuple[int, ...]) -> None:
-    t = _draw(kind)
-    y, final = delta_rule(**t)
+def test_split_invariance(kind: str, backend: str, sizes: tuple[int, ...]) -> None:
+    """Outputs, final state and gradients do not depend on where a sequence is cut."""
+    t = _draw(kind, dtype=_dtype(backend))
+    leaves = [v.requires_grad_() for v in t.values() if v is not None]
+    y, final = delta_rule(**t, backend=backend)
     state, parts, begin = t["initial_state"], [], 0
     for size in sizes:
-        part, state = delta_rule(**_part(t, slice(begin, begin + size), initial_state=state))
+        span = slice(begin, begin + size)
+        part, state = delta_rule(**_part(t, span, initial_state=state), backend=backend)
         parts.append(part)
         begin += size
-    _assert_close(torch.cat(parts, 1), y)
+    split = torch.cat(parts, 1)
+    _assert_close(split, y)
     _assert_close(state, final)
+    ways = torch.randn_like(y), torch.randn_like(final)
+    got, want = (
+        torch.autograd.grad((out * ways[0]).sum() + (last * ways[1]).sum(), leaves)
+        for out, last in ((split, state), (y, final))
+    )
+    for g, w in zip(got, want):
+        _assert_close(g / w.abs().max(), w / w.abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +96,7 @@ def test_split_invariance(kind: str, sizes: tuple[int, ...]) -> None:
 def test_packed_equals_separate(kind: str, backend: str, continues: bool) -> None:
     """Documents in one row are each computed alone; the first may go on from the state."""
     lengths = [3, 1, 1, 63, 13]
-    t = _draw(kind, batch=1)
+    t = _draw(kind, batch=1, dtype=_dtype(backend))
     y, final = delta_rule(**t, backend=backend, seq=SequenceInfo.packed(lengths, continues=continues))
     begin, state = 0, None
     for i, length in enumerate(lengths):
@@ -86,7 +111,7 @@ def test_packed_equals_separate(kind: str, backend: str, continues: bool) -> Non
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", ["left", "right", "inside", "everywhere"])
 def test_padding_is_absence(kind: str, backend: str, where: str) -> None:
-    t = _draw(kind)
+    t = _draw(kind, dtype=_dtype(backend))
     mask = torch.ones(2, 81, dtype=torch.bool)
     hidden = {"left": slice(0, 9), "right": slice(60, 81), "inside": slice(17, 70), "everywhere": slice(0, 81)}
     mask[1, hidden[where]] = False
@@ -107,22 +132,25 @@ def test_padding_is_absence(kind: str, backend: str, where: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", STEP_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_step_loop_equals_forward(kind: str, backend: str, dtype: torch.dtype) -> None:
-    t = _draw(kind, seqlen=20, nheads=4, dtype=dtype)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float64), ("torch", torch.bfloat16), ("native", torch.float32), ("native", torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("headdim", [9, 100])
+def test_step_loop_equals_forward(kind: str, backend: str, dtype: torch.dtype, headdim: int) -> None:
+    t = _draw(kind, seqlen=20, nheads=4, headdim=headdim, dtype=dtype)
     t["q"], t["k"] = t["q"][:, :, :2], t["k"][:, :, :1]
     t["initial_state"] = t["initial_state"].to(torch.float64 if dtype == torch.float64 else torch.float32)
-    y, final = delta_rule(**t, scale=0.3)
+    y, final = delta_rule(**t, scale=0.3, backend=backend)
     state = t["initial_state"].clone()
     names = ("q", "k", "v", "beta", "log_decay")
     ys = [
         step(*(None if t[n] is None else t[n][:, i] for n in names), state, scale=0.3, backend=backend)
         for i in range(20)
     ]
-    tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    _assert_close(torch.stack(ys, 1), y, tolerance)
-    _assert_close(state, final, min(tolerance, 1e-4))
+    _assert_close(torch.stack(ys, 1), y)
+    _assert_close(state, final)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +207,7 @@ def test_known_vectors(backend: str, log_decay: list | None, y: list, state: lis
     """Four tokens whose outputs were computed apart from this library, to six digits."""
 
     def heads(rows: list) -> Tensor:
-        return torch.tensor(rows, dtype=torch.float64)[None, :, None]
+        return torch.tensor(rows, dtype=_dtype(backend))[None, :, None]
 
     q, k = heads([[1, 0], [0, 1], [1, 1], [-1, 0.5]]), heads([[0.5, 1], [1, -0.5], [0, 2], [-1, 0]])
     q, k = (t / t.norm(dim=-1, keepdim=True) for t in (q, k))
@@ -187,7 +215,7 @@ def test_known_vectors(backend: str, log_decay: list | None, y: list, state: lis
     decay = None if log_decay is None else heads(log_decay).log()
     got, final = delta_rule(q, k, v, beta, decay, scale=2**-0.5, backend=backend)
     _assert_close(got, heads(y), 1e-6)
-    _assert_close(final[0, 0], torch.tensor(state, dtype=torch.float64), 1e-6)
+    _assert_close(final[0, 0], torch.tensor(state, dtype=_dtype(backend)), 1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,25 +232,77 @@ def test_gradcheck(kind: str, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_strong_decay_forgets_without_losing_what_follows(kind: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strong_decay_forgets_without_losing_what_follows(kind: str, backend: str) -> None:
     """A reset by a huge decay leaves the digits of small decays after it alone, in float32."""
     t = _draw(kind, batch=1, seqlen=60)
     t["log_decay"] = t["log_decay"] * 0.01
     t["log_decay"][:, 20:40] = -1e5
     want, last = delta_rule(**t, backend="reference")
-    y, final = delta_rule(**{k: v.float() for k, v in t.items()}, backend="torch")
+    y, final = delta_rule(**{k: v.float() for k, v in t.items()}, backend=backend)
     _assert_close(y.double(), want, 1e-5)
     _assert_close(final.double(), last, 1e-5)
 
 
-def test_inputs_are_not_modified_and_the_state_is_no_view() -> None:
-    for backend in BACKENDS:
-        for seq in (None, SequenceInfo(padding_mask=torch.zeros(2, 81, dtype=torch.bool))):
-            t = _draw("channel")
-            before = {k: v.clone() for k, v in t.items()}
-            _, final = delta_rule(**t, backend=backend, seq=seq)
-            final.zero_()
-            assert all(torch.equal(t[k], before[k]) for k in t), backend
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seq", [None, SequenceInfo(padding_mask=torch.zeros(2, 81, dtype=torch.bool))], ids=str)
+def test_inputs_are_not_modified_and_the_state_is_no_view(backend: str, seq: SequenceInfo | None) -> None:
+    t = _draw("channel", dtype=_dtype(backend))
+    before = {k: v.clone() for k, v in t.items()}
+    _, final = delta_rule(**t, backend=backend, seq=seq)
+    final.zero_()
+    assert all(torch.equal(t[k], before[k]) for k in t)
+
+
+@pytest.mark.parametrize("backend", ["native"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_results_do_not_depend_on_threads(backend: str, kind: str) -> None:
+    """Threads share heads, or the columns of one head, without changing a bit."""
+
+    def run(nheads: int) -> list[Tensor]:
+        t = {k: v if v is None else v.requires_grad_() for k, v in _draw(kind, 1, 300, nheads, 20, 130).items()}
+        t = {k: v if v is None else v.float() for k, v in t.items()}
+        y, final = delta_rule(**t, backend=backend)
+        leaves = [v for v in t.values() if v is not None]
+        return [y, final, *torch.autograd.grad(y.square().sum() + final.sum(), leaves)]
+
+    before = torch.get_num_threads()
+    made = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        made.append(run(1) + run(4))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*made))
+
+
+@pytest.mark.parametrize("backend", ["native"])
+def test_native_reads_any_strides(backend: str) -> None:
+    """Heads first, and slices of one wider projection."""
+    t = _draw("channel", d_state=9, dtype=torch.float32)
+    want = delta_rule(**t, backend=backend)
+    names = ("q", "k", "v")
+    heads_first = {n: t[n].transpose(1, 2).contiguous().transpose(1, 2) for n in names}
+    joined = dict(zip(names, torch.cat([t[n] for n in names], -1).split(9, -1)))
+    width_first = {n: t[n].transpose(1, 3).contiguous().transpose(1, 3) for n in names}
+    for given in (heads_first, joined, width_first):
+        assert not given["v"].is_contiguous()
+        assert all(torch.equal(a, b) for a, b in zip(delta_rule(**{**t, **given}, backend=backend), want))
+
+
+@pytest.mark.parametrize("backend", ["native"])
+def test_native_schemas(backend: str) -> None:
+    t = _draw("token", 2, 70, 2, 5, 3, torch.float32)
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    mask[0, :2] = False
+    ops = torch.ops.seqlib
+    leaves = [v.requires_grad_() for v in t.values()]
+    torch.library.opcheck(ops.delta_rule.default, (*leaves, None, 0.5, True))
+    plain = [v.detach() for v in leaves]
+    spans = SequenceInfo(padding_mask=mask).spans
+    torch.library.opcheck(ops.delta_rule.default, (*plain[:4], None, None, spans, 0.5, False))
+    y, final, saved = ops.delta_rule.default(*plain, spans, 0.5, True)
+    torch.library.opcheck(ops.delta_rule_bwd.default, (y, final, saved, *plain, spans, 0.5))
+    torch.library.opcheck(ops.delta_rule_step.default, (*(v[:, 0] for v in plain[:5]), plain[5], 0.5))
 
 
 def test_bad_input_says_what_to_do() -> None:
@@ -249,3 +329,10 @@ def test_bad_input_says_what_to_do() -> None:
         step(**one, state=state.transpose(0, 1).contiguous().transpose(0, 1))
     with pytest.raises(UnsupportedInput, match=r"v must have shape \(batch, nheads, headdim\)"):
         step(**{**one, "v": t["v"]}, state=state)
+
+
+def test_wide_states_run_in_torch() -> None:
+    t = _draw("none", 1, 3, 1, 300, 4, torch.float32)
+    with pytest.raises(BackendUnavailable, match="d_state is 300; it takes up to 256"):
+        delta_rule(**t, backend="native")
+    _assert_close(delta_rule(**t)[0], delta_rule(**t, backend="reference")[0])

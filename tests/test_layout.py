@@ -46,6 +46,8 @@ THIRD_PARTY = {
     "safetensors": {"hf", "lm", "lra"},
     "accelerate": {"hf", "lm", "lra"},
     "datasets": {"lm", "lra"},
+    "PIL": {"lra"},
+    "pyarrow": {"lra"},
     "matplotlib": {"lm", "lra"},
     "typer": {"lm", "lra"},
     "rich": {"dispatch", "bench", "lm", "lra"},

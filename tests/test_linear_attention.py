@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from seqlib import native
 from seqlib.errors import UnsupportedInput
 from seqlib.ops import linear_attention, selective_scan
 from seqlib.ops.linear_attention import combine, step, summarize, torch_impl
@@ -194,6 +195,18 @@ def test_combine_is_associative_and_joins_spans(kind: str) -> None:
             close(got, want)
 
 
+@pytest.mark.parametrize("kind", ["head", "token", "channel"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_decay_of_zero_forgets(kind: str, dtype: torch.dtype) -> None:
+    """log_decay may be -inf, and what it forgets leaves no trace."""
+    q, k, v, g = draw(kind, dtype=dtype)
+    g[..., ::3] = -math.inf
+    got = linear_attention(q, k, v, g)
+    for a, b in zip(got, linear_attention(q, k, v, g, backend="reference")):
+        close(a, b, 1e-10 if dtype == torch.float64 else 1e-4)
+    close(summarize(k, v, g)[1], got[1], 1e-10 if dtype == torch.float64 else 1e-4)
+
+
 def test_refusals_name_the_remedy() -> None:
     q, k, v, g = draw("token")
     with pytest.raises(UnsupportedInput, match="at most 0"):
@@ -214,3 +227,115 @@ def test_refusals_name_the_remedy() -> None:
         linear_attention(q, k, v, initial_state=torch.zeros(B, H, P, N))
     with pytest.raises(UnsupportedInput, match="updated in place"):
         step(q[:, 0], k[:, 0], v[:, 0], None, torch.zeros(B, H, N, P))
+
+
+needs_native = pytest.mark.skipif(native.why_unavailable("cpu") is not None, reason="needs the compiled library")
+
+
+@needs_native
+@pytest.mark.native
+def test_native_is_deterministic_and_alike_for_any_number_of_threads() -> None:
+    inputs = [None if t is None else t.float().requires_grad_() for t in draw("token", 200, batch=1)]
+    inputs[2] = torch.randn(1, 200, H, 130, requires_grad=True)  # wide heads are split when threads are many
+
+    def run(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        y, state = linear_attention(*inputs, backend="native")
+        return [y, state, *torch.autograd.grad(y.sin().sum() + state.sin().sum(), inputs)]
+
+    before = torch.get_num_threads()
+    try:
+        first = run(1)
+        for threads in (1, 2, 16):
+            assert all(torch.equal(a, b) for a, b in zip(run(threads), first)), threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.native
+@pytest.mark.parametrize("sizes", [(64, 64), (80, 40), (260, 130)])
+def test_native_long_spans_use_their_checkpoints(sizes: tuple[int, int]) -> None:
+    """Spans longer than the distance of checkpoints, for each distance, against the torch form in float64."""
+    n, p = sizes
+    q, k = torch.randn(2, 2, 700, 1, n, dtype=torch.float64) / n**0.5
+    v = torch.randn(2, 700, 1, p, dtype=torch.float64)
+    g = -0.1 * torch.rand(2, 700, 1, dtype=torch.float64)
+    starts = torch.zeros(2, 700, dtype=torch.bool)
+    starts[0, 620] = True
+
+    def run(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v, g)]
+        y, state = linear_attention(*inputs, seq=SequenceInfo(starts=starts), backend=backend)
+        return [y, state, *torch.autograd.grad(y.sin().sum() + state.sin().sum(), inputs)]
+
+    for got, want in zip(run(torch.float32, "native"), run(torch.float64, "torch")):
+        got, want = got.detach(), want.detach()
+        assert float((got - want).abs().max()) < 2e-5 * float(want.abs().max())
+
+
+@needs_native
+@pytest.mark.native
+def test_native_reads_strided_inputs_in_place() -> None:
+    """Slices of one projection, and gradients that are expanded scalars."""
+    x = torch.randn(B, L, H * (2 * N + P), requires_grad=True)
+    g = -torch.rand(B, L, H)
+
+    def run(backend: str) -> list[torch.Tensor]:
+        q, k, v = (t.unflatten(-1, (H, -1)) for t in x.split([H * N, H * N, H * P], -1))
+        y, _ = linear_attention(q, k, v, g, backend=backend)
+        return [y, *torch.autograd.grad(y.sum(), [x])]
+
+    for got, want in zip(run("native"), run("torch")):
+        close(got, want, 1e-4)
+
+
+@needs_native
+@pytest.mark.native
+@pytest.mark.parametrize("kind", ["none", "head", "token"])
+def test_native_schemas_are_sound(kind: str) -> None:
+    q, k, v, g = (None if t is None else t.float().requires_grad_() for t in draw(kind, 20))
+    linear_attention(q, k, v, g, backend="native")
+    call = torch.ops.seqlib.linear_attention.default
+    torch.library.opcheck(call, (q, k, v, g, None, None, 1.0, True))
+    spans = SequenceInfo.packed([7, 13]).spans
+    torch.library.opcheck(
+        call, (*(t if t is None or t.dim() == 1 else t[:1] for t in (q, k, v, g)), None, spans, 1.0, True)
+    )
+
+
+@needs_native
+@pytest.mark.native
+@pytest.mark.parametrize("kind", ["none", "token"])
+def test_native_compiles_whole(kind: str) -> None:
+    q, k, v, g = (None if t is None else t.float().requires_grad_() for t in draw(kind, 20))
+    leaves = [t for t in (q, k, v, g) if t is not None]
+
+    def loss(q, k, v, g):
+        y, state = linear_attention(q, k, v, g)
+        return y.sin().sum() + state.sum()
+
+    want = torch.autograd.grad(loss(q, k, v, g), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(q, k, v, g), leaves)
+    for a, b in zip(got, want):
+        close(a, b, 1e-5)
+
+
+@needs_native
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_step_equals_torch(kind: str, dtype: torch.dtype) -> None:
+    headdim = 70
+    q, k, _, g = (None if t is None else t.to(dtype) for t in draw(kind, 1))
+    q, k, v, g = (
+        q[:, 0, :2],
+        k[:, 0],
+        torch.randn(B, H, headdim, dtype=dtype),
+        g if g is None or g.dim() == 1 else g[:, 0],
+    )
+    state = torch.randn(B, H, N, headdim)
+    states = [state, state.clone()]
+    ys = [step(q, k, v, g, s, scale=0.5, backend=b) for s, b in zip(states, ("native", "torch"))]
+    close(*states, 1e-5)
+    close(*ys, 1e-5 if dtype == torch.float32 else 2e-2)

@@ -104,6 +104,11 @@ def test_data_sets_keep_their_splits(tmp_path: Path) -> None:
     corpus = read_corpus([tmp_path / "set"])
     found = {split: [d.read() for d in corpus.split(split)] for split in SPLITS}
     assert found == {"train": [b"eins", b"zwei"], "validation": [b"drei"], "test": [b"vier"]}
+    saved.pop("validation")
+    saved.save_to_disk(tmp_path / "two")
+    corpus = read_corpus([tmp_path / "two"], held_out=0.4)
+    assert corpus.validation and [d.read() for d in corpus.test] == [b"vier"]
+    assert sorted(b"".join(d.read() for d in corpus.train + corpus.validation)) == sorted(b"einszwei")
     with pytest.raises(CorpusError, match="--column"):
         read_corpus([tmp_path / "set"], column="label")
 

@@ -34,6 +34,7 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v) {
 struct Plan {
   std::vector<DeltaPiece> pieces;
   std::vector<int64_t> first;
+  int64_t saved = 0;
 
   Plan(int64_t batch, int64_t seqlen, const OptTensor& spans) {
     int64_t count = batch, i = 0;
@@ -52,7 +53,7 @@ struct Plan {
         STD_TORCH_CHECK(0 <= begin && begin < end && end <= seqlen, "span out of range");
         bool fresh = span && span[4 * i + 3];
         for (int64_t t = begin; t < end; t += delta_piece, fresh = false)
-          pieces.push_back({t, std::min(end, t + delta_piece), fresh});
+          pieces.push_back({t, std::min(end, t + delta_piece), fresh ? delta_fresh : saved++});
       }
     }
     STD_TORCH_CHECK(i == count, "spans must be ordered by row, each below ", batch);
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, 
   const std::vector<int64_t> shape{a.batch, a.seqlen, a.nheads, a.headdim};
   Tensor y = spans ? torch::stable::new_zeros(v, shape) : torch::stable::new_empty(v, shape);
   Tensor final_state = empty_f32(v, call.state_shape(a.batch));
-  Tensor saved = empty_f32(v, call.state_shape(save ? a.first_piece[a.batch] : 0));
+  Tensor saved = empty_f32(v, call.state_shape(save ? call.plan.saved : 0));
   a.y = y.data_ptr();
   a.final_state = data<float>(final_state);
   a.saved = save ? data<float>(saved) : nullptr;
@@ -130,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_rule_bwd(
   DeltaArgs& a = call.args;
   check_f32(saved, "saved");
   STD_TORCH_CHECK(dy.scalar_type() == v.scalar_type(), "dy must have the dtype of v");
-  STD_TORCH_CHECK(saved.size(0) == a.first_piece[a.batch], "saved must hold one state per piece");
+  STD_TORCH_CHECK(saved.size(0) == call.plan.saved, "saved must be what the forward pass returned");
   a.saved = data<float>(saved);
   const Tensor dys = unit_last(dy);
   const OptTensor dfinals = to_f32(dfinal);

@@ -9,10 +9,10 @@ namespace seqlib {
 constexpr int64_t delta_max_state = 256;  // widest d_state with its tile in fixed scratch
 constexpr int64_t delta_piece = 64;       // tokens between two saved states
 
-// Consecutive real tokens of one document; `fresh`: the state is zero before them.
+// Consecutive real tokens of one document; `saved`: the place among the saved states of the one before them, or this.
+constexpr int64_t delta_fresh = -1;  // the document starts here, from a state of zero
 struct DeltaPiece {
-  int64_t begin, end;
-  bool fresh;
+  int64_t begin, end, saved;
 };
 
 enum class Decay { none, token, channel };
@@ -34,7 +34,7 @@ struct DeltaArgs {
   const float* initial_state;     // (batch, nheads, d_state, headdim)
   float* final_state;
   void* y;       // (batch, seqlen, nheads, headdim)
-  float* saved;  // (pieces, nheads, d_state, headdim): the state before each piece that is not fresh; may be null
+  float* saved;  // (saved, nheads, d_state, headdim), or null
   const DeltaPiece* pieces;
   const int64_t* first_piece;  // of each row, and their number
   int64_t batch, seqlen, nheads, d_state, headdim, parts;

@@ -17,7 +17,8 @@ constexpr int dots = 3 * C + 1;  // dout, d(E k), d(E q), dE_3
 constexpr int scalars = 32;      // dkk above and dqk on and below the diagonal (16), dbeta (4), padded
 
 struct alignas(64) Gradients {
-  float dot[16][width];
+  float dot[dots][width];
+  vf partial[dots][W];  // of W rows of the state, before the sum over lanes
   vf scalar[scalars];
 };
 
@@ -58,16 +59,16 @@ struct Backward {
       clear(G, size);
     for (int64_t p = a.first_piece[at.b + 1]; p-- > a.first_piece[at.b];) {
       const DeltaPiece& piece = a.pieces[p];
-      if (piece.fresh)
+      if (piece.saved == delta_fresh)
         clear(states, size);
       else
         each_block([&](int64_t i, int64_t c) {
-          gather(a.saved + (p * a.nheads + at.h) * state_size, states + i, a.d_state, a.headdim, c);
+          gather(a.saved + (piece.saved * a.nheads + at.h) * state_size, states + i, a.d_state, a.headdim, c);
         });
       const int64_t count = (piece.end - piece.begin + C - 1) / C;
       for (int64_t i = 0; i < count; ++i) again(piece, i, i + 1 < count);
       for (int64_t i = count; i-- > 0;) reverse(piece, i);
-      if (piece.fresh) clear(G, size);
+      if (piece.saved == delta_fresh) clear(G, size);
     }
     if (g.dstate)
       each_block([&](int64_t i, int64_t c) {
@@ -80,17 +81,26 @@ struct Backward {
     const int64_t begin = piece.begin + i * C, count = piece.end - begin < C ? piece.end - begin : C;
     prepare<T, D>(a, at, begin, count, tile);
     each_block([&](int64_t block, int64_t c) {
-      const float* S = states + i * size + block;
-      vf found[C][NC], e[C][NC];
-      read<C>(S, tile.in, a.d_state, found);
-      errors<T>(a, at, begin, count, c, tile, found, e);
-      for (int t = 0; t < C; ++t)
-        for (int j = 0; j < NC; ++j) {
-          store(errors_of + (i * C + t) * padded + c + j * W, e[t][j]);
-          e[t][j] *= tile.beta[t];
-        }
-      if (more) write<D>(S, states + (i + 1) * size + block, tile, a.d_state, e);
+      float* S = states + i * size + block;
+      float* next = more ? S + size : nullptr;
+      float* e = errors_of + i * C * padded + c;
+      a.headdim - c >= columns ? again_block<true>(begin, count, c, S, next, e)
+                               : again_block<false>(begin, count, c, S, next, e);
     });
+  }
+
+  template <bool Whole>
+  void again_block(int64_t begin, int64_t count, int64_t c, const float* S, float* next, float* e_of) {
+    vf found[C][NC], e[C][NC];
+    read<C>(S, tile.in, a.d_state, found);
+    errors<T, Whole>(a, at, begin, count, c, tile, found, e);
+#pragma GCC unroll 4
+    for (int t = 0; t < C; ++t)
+      for (int j = 0; j < NC; ++j) {
+        store(e_of + t * padded + j * W, e[t][j]);
+        e[t][j] *= tile.beta[t];
+      }
+    if (next) write<D>(S, next, tile, a.d_state, e);
   }
 
   void reverse(const DeltaPiece& piece, int64_t i) {
@@ -98,12 +108,16 @@ struct Backward {
     prepare<T, D>(a, at, begin, count, tile);
     const Columns x{errors_of + i * C * padded, rest, rest + C * padded, rest + 2 * C * padded, padded};
     for (vf& sum : made.scalar) sum = vf{};
-    each_block([&](int64_t block, int64_t c) { values(begin, count, G + block, c, x); });
-    for (int64_t n = 0; n < a.d_state; ++n) row(states + i * size, n, x);
+    each_block([&](int64_t block, int64_t c) {
+      a.headdim - c >= columns ? values<true>(begin, count, G + block, c, x)
+                               : values<false>(begin, count, G + block, c, x);
+    });
+    rows(states + i * size, x);
     keys(begin, count);
   }
 
   // Gradients of the values in columns from c on, and the sums over columns that the scores and beta need.
+  template <bool Whole>
   void values(int64_t begin, int64_t count, const float* block, int64_t c, const Columns& x) {
     vf du[C][NC], u[C][NC], de[C][NC], dy[C][NC];
     read<C>(block, tile.out, a.d_state, du);
@@ -114,7 +128,7 @@ struct Backward {
       float* dv = real ? g.dv + (((at.b * a.seqlen) + begin + t) * a.nheads + at.h) * a.headdim + c : nullptr;
       for (int j = 0; j < NC; ++j) {
         const int64_t left = a.headdim - c - j * W;
-        dy[t][j] = real ? get(given + j * W, left) : vf{};
+        dy[t][j] = real ? get_block<Whole>(given + j * W, left) : vf{};
         vf d = du[t][j];
         for (int s = t; s < C; ++s) d += dy[s][j] * tile.qk[s][t];
         for (int s = t + 1; s < C; ++s) d -= de[s][j] * tile.kk[s][t];
@@ -122,7 +136,7 @@ struct Backward {
         made.scalar[C * C + t] += e * d;
         de[t][j] = d * tile.beta[t];
         u[t][j] = e * tile.beta[t];
-        if (real) put(dv + j * W, de[t][j], left);
+        if (real) put_block<Whole>(dv + j * W, de[t][j], left);
         store(x.u + t * padded + c + j * W, u[t][j]);
         store(x.de + t * padded + c + j * W, de[t][j]);
         store(x.dy + t * padded + c + j * W, dy[t][j]);
@@ -137,27 +151,46 @@ struct Backward {
         }
   }
 
-  // Row n of the state: its sums over columns, and G one tile back.
-  void row(const float* S, int64_t n, const Columns& x) {
-    vf sum[16] = {};
-    for (int64_t c = 0; c < padded; c += W) {
-      const int64_t i = c / columns * block_size + n * columns + c % columns;
-      const vf s = load(S + i), grad = load(G + i);
-      vf next = D == Decay::none ? grad : grad * tile.whole[n];
-#pragma GCC unroll 4
-      for (int t = 0; t < C; ++t) {
-        const vf de = load(x.de + t * padded + c), dy = load(x.dy + t * padded + c);
-        sum[t] += grad * load(x.u + t * padded + c);
-        sum[C + t] -= s * de;
-        sum[2 * C + t] += s * dy;
-        next += dy * tile.in[C + t][n] - de * tile.in[t][n];
-      }
-      if constexpr (D != Decay::none) sum[3 * C] += grad * s;
-      store(G + i, next);
+  // Rows of the state: their sums over columns, and G one tile back.
+  void rows(const float* S, const Columns& x) {
+    for (int64_t n = 0; n < a.d_state; n += W) {
+      for (int64_t r = 0; r < W; ++r)
+        if (n + r < a.d_state)
+          row(S + (n + r) * columns, G + (n + r) * columns, n + r, r, x);
+        else
+          for (int i = 0; i < dots; ++i) made.partial[i][r] = vf{};
+      for (int i = 0; i < dots; ++i) store(made.dot[i] + n, lane_sums(made.partial[i]));
     }
-    float total[16];
-    sums_of(sum, total);
-    for (int r = 0; r < dots; ++r) made.dot[r][n] = total[r];
+  }
+
+  void row(const float* S, float* grads, int64_t n, int64_t r, const Columns& columns_of) {
+    const Columns x = columns_of;  // stores below might change what a reference refers to
+    vf sum[dots], k_in[C], q_in[C], whole = splat(tile.whole[n]);
+#pragma GCC unroll 16
+    for (vf& s : sum) s = vf{};
+#pragma GCC unroll 4
+    for (int t = 0; t < C; ++t) {
+      k_in[t] = splat(tile.in[t][n]);
+      q_in[t] = splat(tile.in[C + t][n]);
+    }
+    for (int64_t c = 0; c < padded; c += columns, S += block_size, grads += block_size)
+      for (int j = 0; j < NC; ++j) {
+        const vf s = load(S + j * W), grad = load(grads + j * W);
+        vf next = D == Decay::none ? grad : grad * whole;
+#pragma GCC unroll 4
+        for (int t = 0; t < C; ++t) {
+          const vf de = load(x.de + t * x.padded + c + j * W), dy = load(x.dy + t * x.padded + c + j * W);
+          sum[t] += grad * load(x.u + t * x.padded + c + j * W);
+          sum[C + t] -= s * de;
+          sum[2 * C + t] += s * dy;
+          next += dy * q_in[t];
+          next -= de * k_in[t];
+        }
+        if constexpr (D != Decay::none) sum[3 * C] += grad * s;
+        store(grads + j * W, next);
+      }
+#pragma GCC unroll 16
+    for (int i = 0; i < dots; ++i) made.partial[i][r] = sum[i];
   }
 
   // From gradients of what was prepared for the tile to those of q, k, beta and the log decays.
@@ -195,25 +228,25 @@ struct Backward {
         read_out[t] = k[t] * dk[t] + q[t] * dq[t];
         dq[t] += k[t] * dqk[t][t];
       }
-      vf sum = load(made.dot[3 * C] + n) * in;
+      vf scaled = load(made.dot[3 * C] + n) * in;
       if constexpr (D != Decay::none)
-        for (int s = 0; s < C; ++s) sum += carried[s] * load(made.dot[s] + n);
+        for (int s = 0; s < C; ++s) scaled += carried[s] * load(made.dot[s] + n);
 #pragma GCC unroll 4
       for (int t = C - 1; t >= 0; --t) {
         vf written = load(made.dot[t] + n);
         for (int r = C - 1; r > t; --r) written = (written + k[r] * dkk[r][t] + q[r] * dqk[r][t]) * decay[r];
-        sum += read_out[t] - k[t] * written;
+        scaled += read_out[t] - k[t] * written;
         dk[t] += written + q[t] * dqk[t][t];
         if (t >= count) continue;
         const int64_t to = (token + t * a.nheads) * a.d_state + n;
         put(g.dk + to, dk[t], left);
         put(g.dq + to, dq[t], left);
-        if constexpr (D == Decay::channel) put(g.dlog_decay + to, sum, left);
-        if constexpr (D == Decay::token) dlog[t] += sum;
+        if constexpr (D == Decay::channel) put(g.dlog_decay + to, scaled, left);
+        if constexpr (D == Decay::token) dlog[t] += scaled;
       }
     }
     if constexpr (D == Decay::token)
-      for (int t = 0; t < count; ++t) g.dlog_decay[token + t * a.nheads] = seqlib::SEQLIB_ISA::sum(dlog[t]);
+      for (int t = 0; t < count; ++t) g.dlog_decay[token + t * a.nheads] = sum(dlog[t]);
   }
 };
 
@@ -221,7 +254,6 @@ template <class T, Decay D>
 void backward(const DeltaGradArgs& g, int64_t begin, int64_t end) {
   FlushDenormals flush;
   Backward<T, D> run{g};
-  clear(run.made.dot[0], 16 * width);  // lanes past d_state, and dE_3 without decay
   for (int64_t task = begin; task < end; ++task) run.head(task);
 }
 

@@ -4,26 +4,21 @@
 namespace seqlib::SEQLIB_ISA {
 namespace {
 
-template <class T, Decay D>
-void tokens(const DeltaArgs& a, const Head& at, int64_t begin, int64_t count, int64_t block, int64_t stop, Tile& tile,
-            float* S) {
-  prepare<T, D>(a, at, begin, count, tile);
-  for (; block < stop; ++block, S += a.d_state * columns) {
-    const int64_t c = block * columns;
-    vf found[2 * C][NC], u[C][NC];
-    read<2 * C>(S, tile.in, a.d_state, found);
-    errors<T>(a, at, begin, count, c, tile, found, u);
-    T* y = static_cast<T*>(a.y) + ((at.b * a.seqlen + begin) * a.nheads + at.h) * a.headdim + c;
+template <class T, Decay D, bool Whole>
+inline void block(const DeltaArgs& a, const Head& at, int64_t begin, int64_t count, int64_t c, const Tile& tile, float* S) {
+  vf found[2 * C][NC], u[C][NC];
+  read<2 * C>(S, tile.in, a.d_state, found);
+  errors<T, Whole>(a, at, begin, count, c, tile, found, u);
+  T* y = static_cast<T*>(a.y) + ((at.b * a.seqlen + begin) * a.nheads + at.h) * a.headdim + c;
 #pragma GCC unroll 4
-    for (int t = 0; t < C; ++t)
-      for (int i = 0; i < NC; ++i) {
-        u[t][i] *= tile.beta[t];
-        vf sum = found[C + t][i];
-        for (int s = 0; s <= t; ++s) sum += u[s][i] * tile.qk[t][s];
-        if (t < count) put(y + t * a.nheads * a.headdim + i * W, sum, a.headdim - c - i * W);
-      }
-    write<D>(S, S, tile, a.d_state, u);
-  }
+  for (int t = 0; t < C; ++t)
+    for (int i = 0; i < NC; ++i) {
+      u[t][i] *= tile.beta[t];
+      vf sum = found[C + t][i];
+      for (int s = 0; s <= t; ++s) sum += u[s][i] * tile.qk[t][s];
+      if (t < count) put_block<Whole>(y + t * a.nheads * a.headdim + i * W, sum, a.headdim - c - i * W);
+    }
+  write<D>(S, S, tile, a.d_state, u);
 }
 
 template <class T, Decay D>
@@ -49,14 +44,20 @@ void forward(const DeltaArgs& a, int64_t begin, int64_t end) {
       clear(S, (stop - first) * block_size);
     for (int64_t p = a.first_piece[at.b]; p < a.first_piece[at.b + 1]; ++p) {
       const DeltaPiece& piece = a.pieces[p];
-      if (piece.fresh)
+      if (piece.saved == delta_fresh)
         clear(S, (stop - first) * block_size);
       else if (a.saved)
         each_block([&](float* s, int64_t c) {
-          scatter(s, a.saved + (p * a.nheads + at.h) * state_size, a.d_state, a.headdim, c);
+          scatter(s, a.saved + (piece.saved * a.nheads + at.h) * state_size, a.d_state, a.headdim, c);
         });
-      for (int64_t t = piece.begin; t < piece.end; t += C)
-        tokens<T, D>(a, at, t, piece.end - t < C ? piece.end - t : C, first, stop, tile, S);
+      for (int64_t t = piece.begin; t < piece.end; t += C) {
+        const int64_t count = piece.end - t < C ? piece.end - t : C;
+        prepare<T, D>(a, at, t, count, tile);
+        each_block([&](float* s, int64_t c) {
+          a.headdim - c >= columns ? block<T, D, true>(a, at, t, count, c, tile, s)
+                                   : block<T, D, false>(a, at, t, count, c, tile, s);
+        });
+      }
     }
     each_block([&](float* s, int64_t c) { scatter(s, a.final_state + head * state_size, a.d_state, a.headdim, c); });
   }

@@ -47,7 +47,7 @@ inline void put(T* p, vf v, int64_t lanes) {
     store_n(p, v, static_cast<int>(lanes));
 }
 
-// One head's tokens.
+// One head of one row of the batch.
 struct Head {
   int64_t b, h;
 };
@@ -140,15 +140,31 @@ inline void read(const float* S, const float (*rows)[width], int64_t d_state, vf
     for (int i = 0; i < NC; ++i) found[r][i] = sum[r][i];
 }
 
+// Blocks whose columns all exist have code of their own: a partial load calls memcpy, and where that might happen vectors
+// do not stay in registers.
+template <bool Whole, class T>
+inline vf get_block(const T* p, int64_t lanes) {
+  if constexpr (Whole) return load(p);
+  return get(p, lanes);
+}
+
+template <bool Whole, class T>
+inline void put_block(T* p, vf v, int64_t lanes) {
+  if constexpr (Whole)
+    store(p, v);
+  else
+    put(p, v, lanes);
+}
+
 // e_t for a block of columns from c on, given what the keys read.
-template <class T, int R>
+template <class T, bool Whole, int R>
 inline void errors(const DeltaArgs& a, const Head& at, int64_t begin, int64_t count, int64_t c, const Tile& tile,
                    const vf (&found)[R][NC], vf (&e)[C][NC]) {
 #pragma GCC unroll 4
   for (int t = 0; t < C; ++t) {
     const T* v = t < count ? a.v.at<T>(at.b, begin + t, at.h) + c : nullptr;
     for (int i = 0; i < NC; ++i) {
-      vf x = (v ? get(v + i * W, a.headdim - c - i * W) : vf{}) - found[t][i];
+      vf x = (v ? get_block<Whole>(v + i * W, a.headdim - c - i * W) : vf{}) - found[t][i];
       for (int s = 0; s < t; ++s) x -= e[s][i] * (tile.kk[t][s] * tile.beta[s]);
       e[t][i] = x;
     }

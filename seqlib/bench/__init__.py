@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib import native
 from seqlib.bench.clock import ROTATED_BYTES, Timing, interleaved, limits, machine, use_threads
 from seqlib.bench.gate import SHORT, Peer, check, forward, gradients, rows_of, shortened, with_leaves
 from seqlib.dispatch import Op, op_names
@@ -41,6 +42,25 @@ def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | No
 
 KINDS = ("forward", "forward_backward")
 PEERS: dict[str, dict[str, Peer]] = {"causal_conv1d": {"torch conv1d": Peer(_conv_channels_first, _conv1d)}}
+
+
+def _exponentials(t: dict[str, Any]) -> Callable[[], Any]:
+    """Nothing but the exponentials of the scan, from L1 on one thread: compare it by the time of one core."""
+    count = t["x"].numel() * t["A"].shape[1]
+    tile = torch.linspace(-8, 0, 4096)
+    return partial(torch.ops.seqlib.exp_floor.default, tile, count // tile.numel())
+
+
+def _copy(t: dict[str, Any]) -> Callable[[], Any]:
+    y = torch.empty_like(t["x"])
+    return partial(y.copy_, t["x"])
+
+
+# What no implementation can beat: timed beside the forward of an op, and not an implementation of it.
+FLOORS: dict[str, dict[str, Callable[[dict[str, Any]], Callable[[], Any]]]] = {
+    "selective_scan": {"floor: its exponentials": _exponentials},
+    "causal_conv1d": {"floor: copy x to y": _copy},
+}
 
 
 def _expected(run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any]) -> float:
@@ -100,9 +120,13 @@ def _bench_case(
             for name, peer in contenders.items()
             if name not in wrong and f"{name} {kind}" not in skipped
         }
+        if kind == "forward" and native.why_unavailable("cpu") is None:
+            floors = FLOORS.get(op.name, {}).items()
+            runs |= {name: _in_turns([prepare(i) for i in sets]) for name, prepare in floors}
         result[kind] = _timed(runs, threads, repeats, budget)
     scale = 0.5 if dtype == torch.bfloat16 else 1.0
-    for timing in result["forward"].values():
+    for name in result["forward"].keys() & contenders.keys():
+        timing = result["forward"][name]
         timing["gflop_s"] = 1e-9 * case.flops / timing["wall_s"]
         timing["gb_s"] = 1e-9 * case.nbytes * scale / timing["wall_s"]
     return result

@@ -49,7 +49,7 @@ def run(
 
 def show(result: dict[str, Any], limit: Mapping[str, float]) -> None:
     """Print one record: a table of times, then who was left out and why."""
-    header = ["", "ms", "one core", "over torch", "over reference", "GFLOP/s", "GB/s"]
+    header = ["", "ms", "one core ms", "x torch", "x reference", "GFLOP/s", "GB/s"]
     for kind in ("forward", "forward_backward"):
         lines = [
             [
@@ -64,7 +64,12 @@ def show(result: dict[str, Any], limit: Mapping[str, float]) -> None:
         if kind == "forward":
             best = limit[f"matmul_{result['dtype']}_gflop_s"], limit["copy_gb_s"]
             lines.append(["machine's limit", "", "", "", "", *(f"{b:.3g}" for b in best)])
-        _table(f"{result['op']} {result['case']} {result['dtype']} {kind.replace('_', '+')}", header, lines)
+        units = header if kind == "forward" else header[:-2]
+        _table(
+            f"{result['op']} {result['case']} {result['dtype']} {kind.replace('_', '+')}",
+            units,
+            [line[: len(units)] for line in lines],
+        )
     gate = result["gate"]
     print(f"gate: outputs against {gate['truth']}, gradients against the reference at seqlen {gate['short_seqlen']}")
     for name in result["wrong"]:
@@ -83,7 +88,8 @@ def _table(title: str, header: list[str], lines: list[list[str]]) -> None:
         for line in (header, *lines):
             print("  ".join([line[0].ljust(width[0]), *(v.rjust(w) for v, w in zip(line[1:], width[1:]))]))
         return
-    table = Table(header[0], title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column(header[0], no_wrap=True)
     for name in header[1:]:
         table.add_column(name, justify="right")
     for line in lines:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SeqlibModel,
         SeqlibPreTrainedModel,
     )
+    from seqlib.hf.pair import SeqlibForPairClassification
     from seqlib.hf.tokenizer import ByteTokenizer
     from seqlib.hf.trainer import SeqlibTrainer
 
@@ -27,13 +28,19 @@ __all__ = [
     "SeqlibCache",
     "SeqlibConfig",
     "SeqlibForCausalLM",
+    "SeqlibForPairClassification",
     "SeqlibForSequenceClassification",
     "SeqlibModel",
     "SeqlibPreTrainedModel",
     "SeqlibTrainer",
 ]
 
-_MODULES = {"ByteTokenizer": "tokenizer", "SeqlibCache": "cache", "SeqlibTrainer": "trainer"}
+_MODULES = {
+    "ByteTokenizer": "tokenizer",
+    "SeqlibCache": "cache",
+    "SeqlibTrainer": "trainer",
+    "SeqlibForPairClassification": "pair",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -42,6 +42,7 @@ class SeqlibConfig(PretrainedConfig):
         max_position_embeddings: context length that the model was made for; evaluation tools read it, nothing here
             enforces it.
         pooling: "last" real token or "mean" over the real tokens, for sequence classification.
+        pair_head: "nli" or "concat", for classification of pairs (see `hf.pair.PairHead`).
         use_cache: return a cache when not training.
 
     Raises:
@@ -71,6 +72,7 @@ class SeqlibConfig(PretrainedConfig):
     initializer_range: float = 0.02
     max_position_embeddings: int = 2048
     pooling: str = "last"
+    pair_head: str = "nli"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -84,10 +86,12 @@ class SeqlibConfig(PretrainedConfig):
         self._refuse_unknown(kwargs)
         if self.pooling not in ("last", "mean"):
             raise ConfigError(f"pooling must be 'last' or 'mean', got {self.pooling!r}")
+        if self.pair_head not in ("nli", "concat"):
+            raise ConfigError(f"pair_head must be 'nli' or 'concat', got {self.pair_head!r}")
         self._expand()
         super().__post_init__(**kwargs)
         # Here and not on import: AutoConfig needs this class while the modules that models need are half imported.
-        importlib.import_module("seqlib.hf.modeling")
+        importlib.import_module("seqlib.hf.pair")
 
     def _expand(self) -> None:
         """Replace short forms by what they stand for, and derive transformers' own names of the layers."""

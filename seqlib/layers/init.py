@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fill_", "linear_", "normal_", "uniform_"]
+__all__ = ["dt_bias_", "fill_", "linear_", "normal_", "uniform_"]
 
 
 def _loaded(tensor: Tensor) -> bool:
@@ -45,3 +45,10 @@ def linear_(layer: nn.Linear, scale: float = 1.0) -> None:
     uniform_(layer.weight, bound * scale)
     if layer.bias is not None:
         uniform_(layer.bias, bound)
+
+
+def dt_bias_(tensor: Tensor, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
+    """Such that softplus(tensor) is log-uniform in [low, high] and at least `floor`."""
+    u = torch.rand(tensor.shape, device=tensor.device)
+    dt = (u * (math.log(high) - math.log(low)) + math.log(low)).exp().clamp(min=floor)
+    fill_(tensor, dt + torch.log(-torch.expm1(-dt)))

@@ -48,8 +48,11 @@ class Rotary(nn.Module):
         self._frequencies: dict[torch.device, Tensor] = {}
 
     def forward(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
-        """Rotate each of `heads` (batch, seqlen, nheads, headdim) by integer positions (batch or 1, seqlen)."""
-        angle = positions[:, :, None, None] * self._frequency(positions.device)
+        """Rotate each of `heads` (batch, seqlen, nheads, headdim) by integer positions (batch or 1, seqlen).
+
+        For one token per row: (batch, nheads, headdim) by (batch,).
+        """
+        angle = positions[..., None, None] * self._frequency(positions.device)
         cos, sin = angle.cos(), angle.sin()
         return tuple(self._rotate(x, cos, sin) for x in heads)
 

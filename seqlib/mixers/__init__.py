@@ -19,6 +19,23 @@ from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
 from seqlib.mixers.sgconv import SGConv
+from seqlib.mixers.based import Based
+from seqlib.mixers.compose import Sum
+from seqlib.mixers.deltanet import DeltaNet
+from seqlib.mixers.gated_conv import GatedConv
+from seqlib.mixers.gated_deltanet import GatedDeltaNet
+from seqlib.mixers.gla import GLA
+from seqlib.mixers.kda import KDA
+from seqlib.mixers.lightning import Lightning
+from seqlib.mixers.linear_transformer import LinearTransformer
+from seqlib.mixers.lru import LRU
+from seqlib.mixers.mamba import Mamba
+from seqlib.mixers.mamba2 import Mamba2
+from seqlib.mixers.retnet import RetNet
+from seqlib.mixers.s4 import S4
+from seqlib.mixers.s4d import S4D
+from seqlib.mixers.s5 import S5
+from seqlib.mixers.transnormer import DiagAttention, TransNormer
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config"]
 
@@ -26,6 +43,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "sliding_attention": SlidingAttention,
     "mamba": Mamba,
+    "mamba2": Mamba2,
     "s4": S4,
     "s4d": S4D,
     "lru": LRU,
@@ -35,6 +53,18 @@ MIXERS: dict[str, type[Mixer]] = {
     "mega": Mega,
     "hyena": Hyena,
     "lmu": LMU,
+    "lightning": Lightning,
+    "retnet": RetNet,
+    "linear_transformer": LinearTransformer,
+    "based": Based,
+    "gated_conv": GatedConv,
+    "transnormer": TransNormer,
+    "diag_attention": DiagAttention,
+    "gla": GLA,
+    "deltanet": DeltaNet,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KDA,
+    "sum": Sum,
 }
 
 

@@ -12,6 +12,7 @@ from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.init import linear_
 from seqlib.layers.linear import Linear
 from seqlib.layers.norm import RMSNorm
+from seqlib.layers.positions import positions
 from seqlib.layers.rotary import Rotary
 from seqlib.mixers.base import Mixer, MixerConfig, positive
 from seqlib.ops import attention
@@ -152,7 +153,7 @@ class Attention(Mixer[AttentionConfig]):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self.rotary(_positions(x, state, seq), q, k)
+            q, k = self.rotary(positions(x, None if state is None else state.length, seq), q, k)
         dtype = v.dtype if state is None else state.k.dtype
         return q.to(dtype), k.to(dtype), v.to(dtype)
 
@@ -188,19 +189,6 @@ class SlidingAttention(Attention):
 
     Config: ClassVar[type[MixerConfig]] = SlidingAttentionConfig
     layer_type: ClassVar[str] = "sliding_attention"
-
-
-def _positions(x: Tensor, state: KVState | None, seq: SequenceInfo | None) -> Tensor:
-    """(batch or 1, seqlen): index of each token in its document, counted on from the state."""
-    batch, seqlen = x.shape[:2]
-    if seq is None or seq.shape is None:
-        here = torch.arange(seqlen, device=x.device)[None]
-        return here if state is None else here + state.length[:, None]
-    here = seq.positions(batch, seqlen, x.device)
-    if state is None:
-        return here
-    before = state.length[:, None]
-    return here + (before if seq.document_ids is None else before * (seq.document_ids == 0))
 
 
 def _divide(config: AttentionConfig, whole: str, width: int, part: str, size: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
-from seqlib.layers.init import fill_, linear_, uniform_
+from seqlib.layers.init import dt_bias_, fill_, linear_, uniform_
 from seqlib.layers.linear import Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
@@ -105,9 +105,7 @@ class Mamba(Mixer[MambaConfig]):
         linear_(self.x_proj)
         bound = c.dt_scale * self.dt_rank**-0.5
         uniform_(self.dt_proj.weight, bound) if c.dt_init == "random" else fill_(self.dt_proj.weight, bound)
-        low, high = math.log(c.dt_min), math.log(c.dt_max)
-        dt = torch.rand(self.d_inner, device=self.dt_bias.device).mul(high - low).add(low).exp().clamp(min=c.dt_floor)
-        fill_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        dt_bias_(self.dt_bias, c.dt_min, c.dt_max, c.dt_floor)
         fill_(self.A_log, torch.arange(1, c.d_state + 1, device=self.A_log.device, dtype=torch.float32).log())
         fill_(self.D, 1.0)
         linear_(self.out_proj, self.residual_scale)

@@ -57,15 +57,14 @@ def _fake(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, seqlen, nheads, headdim = v.shape
-    # How many states are saved depends on the documents; without them it is known.
-    pieces: Any = 0
-    if save:
-        pieces = batch * -(-seqlen // _PIECE) if spans is None else torch.library.get_ctx().new_dynamic_size()
+    saved: Any = 0
+    if save:  # how many depends on the documents
+        saved = batch * -(-seqlen // _PIECE) if spans is None else torch.library.get_ctx().new_dynamic_size()
     state = (nheads, k.shape[-1], headdim)
     return (
         v.new_empty(v.shape),
         v.new_empty(batch, *state, dtype=torch.float32),
-        v.new_empty(pieces, *state, dtype=torch.float32),
+        v.new_empty(saved, *state, dtype=torch.float32),
     )
 
 

@@ -15,12 +15,23 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "linear_attention", "step", "summarize"]
 
 _HERE = "seqlib.ops.linear_attention"
+_NATIVE: dict[str, Any] = {"devices": ("cpu",), "dtypes": (torch.float32, torch.bfloat16), "needs": ("native",)}
 IMPLS = (
+    Impl(
+        "native",
+        "chunked",
+        f"{_HERE}.native_impl:linear_attention",
+        refuses=frozenset({"chunk_size", "decay per channel"}),
+        **_NATIVE,
+    ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:parallel", by_name_only=True),
     Impl("reference", "reference", f"{_HERE}.reference:linear_attention"),
 )
-STEP_IMPLS = (Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),)
+STEP_IMPLS = (
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),
+)
 
 
 def facts(
@@ -77,9 +88,9 @@ def linear_attention(
             neighbouring value heads (Mamba-2's groups).
         k: as q; may have a different number of heads.
         v: (batch, seqlen, nheads, headdim), in the dtype of q and k.
-        log_decay: natural logarithm of the decay, at most 0; None is no decay. Constant (nheads,), per token
-            (batch, seqlen, nheads) or per key channel (batch, seqlen, nheads, d_state). Any float dtype; float32 is
-            advised, since bfloat16 cannot tell long memories apart.
+        log_decay: natural logarithm of the decay, at most 0 and -inf to forget; None is no decay. Constant (nheads,),
+            per token (batch, seqlen, nheads) or per key channel (batch, seqlen, nheads, d_state). Any float dtype;
+            float32 is advised, since bfloat16 cannot tell long memories apart.
         scale: factor on the outputs; published models use 1 or d_state**-0.5.
         initial_state: (batch, nheads, d_state, headdim); None is zero. It includes the last token before this span,
             undecayed. Needs causal=True.

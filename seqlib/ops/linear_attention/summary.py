@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["combine", "documents", "mask_padding", "summarize"]
+__all__ = ["combine", "documents", "mask_padding", "summable", "summarize"]
 
 
 def summarize(
@@ -35,7 +35,7 @@ def summarize(
     g = v.new_zeros(nheads, dtype=high) if log_decay is None else log_decay
     if g.dim() < 4:
         g = g.expand(batch, seqlen, nheads).unsqueeze(-1)
-    cum = g.double().cumsum(1)
+    cum = summable(g).cumsum(1)
     left, decay = torch.exp((cum[:, -1:] - cum).to(high)), torch.exp(cum[:, -1].to(high))
     ids = documents(seq)
     if ids is not None:
@@ -51,6 +51,11 @@ def combine(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor,
     (decay_a, state_a) (decay_b, state_b) = (decay_a decay_b, decay_b state_a + state_b)
     """
     return a[0] * b[0], b[0].unsqueeze(-1) * a[1] + b[1]
+
+
+def summable(log_decay: Tensor) -> Tensor:
+    """Log-decays in float64, where differences of large sums keep the small ones. exp(-1000) is already nothing."""
+    return log_decay.double().clamp(min=-1000.0)
 
 
 def mask_padding(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.ops.linear_attention.bidirectional import bidirectional
-from seqlib.ops.linear_attention.summary import documents, mask_padding
+from seqlib.ops.linear_attention.summary import documents, mask_padding, summable
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["chunked", "parallel", "step"]
@@ -77,8 +77,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tenso
 class _Segment:
     """One stretch of the sequence as blocks, batch b, nheads h, nchunks c, chunk i, d_state n, headdim p.
 
-    Log-decays are summed in float64: differences of large sums would lose the small ones. n is 1 where the decay does
-    not depend on the channel, c or h where it does not depend on the chunk or head.
+    In cum, n is 1 where the decay does not depend on the channel, and b, h or c where it does not depend on those.
     """
 
     q: Tensor  # b h c i n
@@ -253,9 +252,9 @@ def _cut(
         # The tail after the last position does not decay.
         places = torch.arange(1, nchunks * chunk + 1, device=v.device).clamp(max=end - begin).view(nchunks, chunk, 1)
         places = places - torch.arange(0, nchunks * chunk, chunk, device=v.device).view(nchunks, 1, 1)
-        cum = (log_decay.double().view(-1, 1, 1, 1) * places).unsqueeze(0)
+        cum = (summable(log_decay).view(-1, 1, 1, 1) * places).unsqueeze(0)
     else:
-        g = log_decay[:, begin:end].double()
+        g = summable(log_decay[:, begin:end])
         cum = _blocks(g if g.dim() == 4 else g.unsqueeze(-1), chunk).cumsum(-2)
     entry = None
     if ids is not None:

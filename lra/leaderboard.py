@@ -1,0 +1,157 @@
+"""The published leaderboard beside our own runs, as text, Markdown, JSON and a chart."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from seqlib.errors import ConfigError
+
+from .runs import write_aside
+from .scores import COLUMNS, GROUPS, Row, rows
+
+__all__ = ["own_rows", "show"]
+
+_WIDTH = 140  # columns; narrower terminals wrap
+_TITLES = ("ListOps", "Text", "Retrieval", "Image", "Pathfinder", "Path-X")
+
+
+def show(runs: Sequence[Path], group: str | None, output: Path | None, console: Console) -> None:
+    """Print the leaderboard, and write it into `output` as table.txt, table.md, table.json and table.png.
+
+    Raises:
+        ConfigError: an unknown group, or a folder without a summary.
+    """
+    if group is not None and group not in GROUPS:
+        raise ConfigError(f"unknown group {group!r}; known: {', '.join(GROUPS)}")
+    groups = [group] if group else list(GROUPS)
+    published = {name: rows(name) for name in groups}
+    ours = own_rows(runs)
+    tables = [_table(name, published[name]) for name in groups]
+    own = _own_table(ours) if ours else None
+    for table in [*tables, *([own] if own else [])]:
+        console.print(table, width=_WIDTH, crop=False, soft_wrap=False)
+    if output is None:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    text = Console(file=io.StringIO(), width=_WIDTH)
+    for table in [*tables, *([own] if own else [])]:
+        text.print(table)
+    write_aside(output / "table.txt", text.file.getvalue())  # type: ignore[attr-defined]
+    write_aside(output / "table.md", markdown(published, ours))
+    plain = {name: [_plain(row) for row in part] for name, part in published.items()}
+    values = {"groups": {name: GROUPS[name] for name in groups}, "published": plain, "ours": ours}
+    write_aside(output / "table.json", json.dumps(values, indent=2) + "\n")
+    plot(published, ours, output / "table.png")
+    console.print(f"written to {output}")
+
+
+def own_rows(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Our runs, one row per recipe, protocol, data and mixer; runs that differ in any of them are never averaged.
+
+    Raises:
+        ConfigError: a folder has no summary.json.
+    """
+    found = []
+    for folder in folders:
+        path = folder / "summary.json"
+        if not path.is_file():
+            raise ConfigError(f"{folder} has no summary.json; give folders that seqlib-lra train has finished")
+        found.append(json.loads(path.read_text()) | {"folder": folder.name})
+    return found
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return vars(row) | {"average_of_what_ran": row.average(False), "average_failed_as_50": row.average(True)}
+
+
+def _cell(row: Row, task: str) -> str:
+    value = row.scores[task]
+    return "F" if task in row.failed else "-" if value is None else f"{value:.2f}"
+
+
+def _average(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.model, *(_cell(row, task) for task in COLUMNS), _average(row.average(False)), _average(row.average(True)),
+        _average(row.published_average), row.source,
+    ]  # fmt: skip
+
+
+_HEADER = ("model", *_TITLES, "average", "F as 50", "published", "source (?: unverified)")
+
+
+def _table(name: str, part: Sequence[Row]) -> Table:
+    table = Table(*_HEADER, box=box.SIMPLE_HEAD, title=f"{name}: {GROUPS[name]}")
+    for row in part:
+        table.add_row(*_cells(row))
+    return table
+
+
+_OWN_HEADER = ("run", "task", "protocol", "mixers", "test accuracy", "seeds", "failed", "gain over best trivial answer")
+
+
+def _own_cells(row: dict[str, Any]) -> list[str]:
+    spread = f" ± {100 * row['std']:.2f}" if row["std"] is not None else ""
+    best = max(row["baselines"].items(), key=lambda item: item[1], default=("nothing", 0.0))
+    trivial = [(k, v) for k, v in row["baselines"].items() if not k.startswith("lists to depth") or k.endswith(" 1")]
+    best = max(trivial, key=lambda item: item[1], default=best)
+    return [
+        f"{row['folder']} ({row['recipe']})", row["task"], row["protocol"] or "-",
+        ", ".join(str(m.get("kind")) for m in row["mixers"].values()), f"{100 * row['mean']:.2f}{spread}",
+        str(len(row["seeds"])), str(len(row["failed_seeds"])), f"{100 * (row['mean'] - best[1]):+.1f} ({best[0]})",
+    ]  # fmt: skip
+
+
+def _own_table(ours: Sequence[dict[str, Any]]) -> Table:
+    table = Table(*_OWN_HEADER, box=box.SIMPLE_HEAD, title="our runs")
+    for row in ours:
+        table.add_row(*_own_cells(row))
+    return table
+
+
+def markdown(published: dict[str, list[Row]], ours: Sequence[dict[str, Any]]) -> str:
+    """All tables in Markdown."""
+    parts = []
+    for name, part in published.items():
+        lines = [_HEADER, ("---",) * len(_HEADER), *(_cells(row) for row in part)]
+        parts.append(f"### {name}: {GROUPS[name]}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+    if ours:
+        lines = [_OWN_HEADER, ("---",) * len(_OWN_HEADER), *(_own_cells(row) for row in ours)]
+        parts.append("### our runs\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(published: dict[str, list[Row]], ours: Sequence[dict[str, Any]], png: Path) -> None:
+    """A panel per task: published scores by group as dots, our runs as lines across with their deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    for panel, task, title in zip(figure.subplots(1, len(COLUMNS)), COLUMNS, _TITLES):
+        for at, part in enumerate(published.values()):
+            values = [row.scores[task] for row in part if row.scores[task] is not None]
+            panel.plot([at] * len(values), values, "o", alpha=0.5, markersize=4, color=f"C{at}")
+        for number, row in enumerate(own for own in ours if own["task"] == task):
+            mean, std = 100 * row["mean"], 100 * (row["std"] or 0.0)
+            kinds = ",".join(str(m.get("kind")) for m in row["mixers"].values())
+            panel.axhline(mean, color=f"C{3 + number}", label=f"{kinds} ({row['recipe']})")
+            panel.axhspan(mean - std, mean + std, color=f"C{3 + number}", alpha=0.2)
+        if any(own["task"] == task for own in ours):
+            panel.legend(fontsize=6)
+        panel.set(title=title, xlim=(-0.5, len(published) - 0.5))
+        panel.set_xticks(range(len(published)), list(published))
+    figure.supylabel("accuracy (%)")
+    part_path = png.with_name(f".{png.name}.part")
+    figure.savefig(part_path, format="png", dpi=130)
+    os.replace(part_path, png)

@@ -1,0 +1,144 @@
+"""Recipes: a task, a model and how it is trained, as one value that can be printed, changed and stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from seqlib.dispatch import BACKENDS
+from seqlib.errors import ConfigError
+from seqlib.mixers import MIXERS
+
+from .protocols import PROTOCOLS
+from .published import PUBLISHED
+from .recall import RECALL
+from .tasks import TASKS
+
+__all__ = ["Recipe", "find_recipe", "recipe_names"]
+
+_GLU = {"gated": True}
+_SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A task, a model and how it is trained."""
+
+    name: str
+    task: str
+    """A task of Long Range Arena or of the synthetic suite."""
+    protocol: str = "seqlib"
+    """How data is cut and split (`lra.protocols`); without meaning for synthetic tasks."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the generator, where data is generated."""
+    d_model: int = 64
+    n_layer: int = 2
+    layer_pattern: str = "m"
+    mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"m": {"kind": "mamba"}})
+    mlp: Mapping[str, Any] | None = None
+    batch_size: int = 32
+    accumulation: int = 1
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    """"cosine" or "linear" down to 0 after the warm-up, or "constant_with_warmup"."""
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    beta2: float = 0.999
+    clip: float = 1.0
+    dtype: str = "float32"
+    backend: str = "auto"
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 200
+    """Steps between evaluations on held-out data, each with a checkpoint; a multiple of log_every."""
+    eval_examples: int = 2000
+    patience: int = 0
+    """Evaluations without a better score before training stops; 0 never stops early."""
+    enough: float = 1.0
+    """Held-out accuracy at which training stops."""
+    note: str = ""
+    """Where the published recipe differs from what is run here."""
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS and self.task not in RECALL:
+            raise ConfigError(f"unknown task {self.task!r}; known: {', '.join([*TASKS, *RECALL])}")
+        if self.protocol not in PROTOCOLS:
+            raise ConfigError(f"unknown protocol {self.protocol!r}; known: {', '.join(PROTOCOLS)}")
+        for name in ("d_model", "n_layer", "batch_size", "accumulation", "steps", "log_every", "eval_examples"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "weight_decay", "clip", "patience"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        self._check("learning_rate", self.learning_rate > 0, "positive")
+        whole = self.eval_every >= 1 and self.eval_every % self.log_every == 0
+        self._check("eval_every", whole, f"a multiple of log_every={self.log_every}")
+        self._check("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}")
+        self._check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        self._check("backend", self.backend in ("auto", *BACKENDS), f"one of auto, {', '.join(BACKENDS)}")
+        absent = sorted({str(m.get("kind")) for m in self.mixers.values()} - set(MIXERS))
+        if absent:
+            raise ConfigError(
+                f"recipe {self.name} needs the mixer {', '.join(absent)}, which this version does not have; "
+                f"it has: {', '.join(MIXERS)}"
+            )
+
+    def _check(self, name: str, right: bool, allowed: str) -> None:
+        if not right:
+            raise ConfigError(f"recipe {self.name}: {name} must be {allowed}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if values.keys() != known:
+            wrong = ", ".join(sorted(values.keys() ^ known))
+            raise ConfigError(f"this recipe was written by another version: it differs in {wrong}; start a new run")
+        return cls(**values)
+
+
+_SHORT_LISTS = {"max_depth": 4, "max_args": 5, "min_length": 8, "max_length": 48}
+_SMALL: dict[str, Any] = {"n_layer": 4, "mlp": _GLU, "batch_size": 64, "learning_rate": 3e-3, "eval_every": 500}
+_TINY: dict[str, Any] = {
+    "d_model": 16, "n_layer": 1, "batch_size": 8, "steps": 12, "warmup_steps": 2, "log_every": 2, "eval_every": 4,
+    "eval_examples": 16,
+}  # fmt: skip
+_RECALL: dict[str, Any] = {
+    "batch_size": 64, "steps": 2000, "learning_rate": 4e-3, "weight_decay": 0.1, "beta2": 0.98, "enough": 0.99,
+    "eval_every": 100, "eval_examples": 512,
+}  # fmt: skip
+_OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {
+        "listops": _SMALL | {"data": _SHORT_LISTS | {"train": 20_000, "validation": 1000, "test": 2000}, "steps": 4000},
+        "pathfinder": _SMALL | {"data": {"size": 16, "train": 40_000, "validation": 2000, "test": 2000}, "steps": 6000},
+        **{name: _RECALL for name in RECALL},
+    },
+    "tiny": {
+        "listops": _TINY | {"data": _SHORT_LISTS | {"train": 200, "validation": 40, "test": 60}},
+        "pathfinder": _TINY | {"data": {"size": 16, "train": 60, "validation": 20, "test": 20}},
+        **{name: _TINY for name in RECALL},
+    },
+}
+"""Our own: "small" learns on two cores in minutes to an hour, "tiny" is for tests and first steps."""
+
+
+def recipe_names(task: str) -> list[str]:
+    """Recipes there are for a task."""
+    return [name for name, by_task in (_OWN | PUBLISHED).items() if task in by_task]
+
+
+def find_recipe(name: str, task: str) -> Recipe:
+    """A recipe by name and task.
+
+    Raises:
+        ConfigError: there is none, or it needs a mixer that this version lacks.
+    """
+    known = _OWN | PUBLISHED
+    if task not in TASKS and task not in RECALL:
+        raise ConfigError(f"unknown task {task!r}; known: {', '.join([*TASKS, *RECALL])}")
+    if name not in known or task not in known[name]:
+        raise ConfigError(f"there is no recipe {name!r} for {task}; known: {', '.join(recipe_names(task))}")
+    return Recipe(name=name, task=task, **known[name][task])

@@ -1,0 +1,313 @@
+"""Ranks mixers on the synthetic suite: accuracy, steps to 90 %, size of the state, longer sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from seqlib.errors import ConfigError
+from seqlib.mixers import MIXERS, mixer_config
+
+from .evaluate import score_recall
+from .recall import get_recall, make_batch
+from .recipes import Recipe
+from .report import load_model
+from .runs import read_metrics, write_aside
+from .train import DataSource, train
+
+__all__ = ["TIERS", "Tier", "Trial", "run_suite"]
+
+_LONGER = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One task of a tier."""
+
+    label: str
+    task: str
+    data: dict[str, Any]
+    steps: int
+    score: bool = True
+    """Counts for the ranking; the others only show whether a mixer learns at all."""
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A list of trials and what they are trained with."""
+
+    trials: tuple[Trial, ...]
+    minutes: float
+    d_model: int = 64
+    n_layer: int = 2
+    batch_size: int = 64
+
+
+def _mqar(seqlen: int, pairs: int, steps: int, vocab_size: int = 1024) -> Trial:
+    data = {"seqlen": seqlen, "pairs": pairs, "vocab_size": vocab_size}
+    return Trial(f"mqar {seqlen}/{pairs}", "mqar", data, steps)
+
+
+TIERS: dict[str, Tier] = {
+    "smoke": Tier((Trial("induction 32", "induction", {"seqlen": 32}, 200), _mqar(32, 4, 300, 64)), 2, batch_size=32),
+    "quick": Tier(
+        (
+            Trial("induction 64", "induction", {"seqlen": 64}, 400),
+            _mqar(32, 4, 600, 64),
+            _mqar(64, 8, 1000, 128),
+            _mqar(128, 16, 1000, 256),
+            Trial("flip-flop 64", "flip_flop", {"seqlen": 64}, 400),
+        ),
+        15,
+        batch_size=32,
+    ),
+    "long": Tier(
+        (
+            Trial("induction 256", "induction", {"seqlen": 256}, 2000),
+            _mqar(64, 4, 4000),
+            _mqar(128, 16, 6000),
+            _mqar(256, 64, 6000),
+            Trial("selective copying 256/16", "selective_copying", {"seqlen": 256, "tokens": 16}, 10_000),
+            Trial("flip-flop 256", "flip_flop", {"seqlen": 256}, 2000),
+            Trial("parity 64", "parity", {"seqlen": 64}, 4000, score=False),
+        ),
+        600,
+    ),
+}
+
+
+def run_suite(
+    tier: str, *, mixers: Sequence[str] | None, seeds: int, minutes: float | None, folder: Path, console: Console
+) -> dict[str, Any]:
+    """Train every mixer on every trial of a tier and write suite.json, suite.md, state.png and length.png.
+
+    Finished runs in `folder` are kept, so a suite that was interrupted goes on; a run takes the place of its turn in
+    the order seed, trial, mixer, so that what time leaves out is missing for every mixer alike.
+
+    Args:
+        mixers: kinds or JSON configs; None: every kind there is.
+        minutes: no run begins after this long; None: the tier's own limit.
+
+    Raises:
+        ConfigError: an unknown tier or mixer.
+    """
+    if tier not in TIERS:
+        raise ConfigError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
+    plan = TIERS[tier]
+    configs = named_mixers(mixers or list(MIXERS), plan.d_model)
+    limit = 60 * (plan.minutes if minutes is None else minutes)
+    begun = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    left_out = 0
+    for seed in range(seeds):
+        for trial in plan.trials:
+            for name, config in configs.items():
+                path = folder / "runs" / _slug(f"{tier}-{trial.label}-{name}-{seed}")
+                if not (path / "row.json").is_file():
+                    if time.perf_counter() - begun > limit:
+                        left_out += 1
+                        continue
+                    _run(plan, trial, name, config, seed, path, console)
+                rows.append(json.loads((path / "row.json").read_text()))
+    result = {
+        "tier": tier, "seeds": seeds, "d_model": plan.d_model, "n_layer": plan.n_layer, "left_out": left_out,
+        "seconds": round(sum(row["seconds"] for row in rows), 1), "ranking": ranking(rows), "rows": rows,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_aside(folder / "suite.json", json.dumps(result, indent=2) + "\n")
+    write_aside(folder / "suite.md", markdown(result))
+    plot_state(rows, folder / "state.png")
+    plot_length(rows, folder / "length.png")
+    console.print(_table(result))
+    if left_out:
+        console.print(f"[bold]{left_out} runs left out for want of time[/bold]; run the same command again to go on")
+    return result
+
+
+def named_mixers(wanted: Sequence[str], d_model: int) -> dict[str, dict[str, Any]]:
+    """Configs by the name that is shown; what is not said is sized for models of width `d_model`.
+
+    Raises:
+        ConfigError: a kind or field that does not exist.
+    """
+    found = {}
+    for text in wanted:
+        config = json.loads(text) if text.startswith("{") else {"kind": text}
+        shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for k, v in config.items())
+        found[shown] = sized(mixer_config(config).to_dict(), d_model)
+    return found
+
+
+def sized(config: dict[str, Any], d_model: int) -> dict[str, Any]:
+    """Two heads that share d_model, and windows shorter than the sequences; defaults are made for large models."""
+    kind = config["kind"]
+    fields = {f.name: f.default for f in dataclasses.fields(MIXERS[kind].Config)}
+    wanted: dict[str, Any] = {}
+    if "nheads" in fields:
+        wanted["nheads"] = 2
+        if isinstance(fields.get("headdim"), int):
+            wanted["headdim"] = None
+    elif "headdim" in fields:
+        wanted["headdim"] = d_model  # of twice as many channels
+    if kind == "sliding_attention":
+        wanted["window"] = 16
+    return wanted | config
+
+
+def _run(
+    plan: Tier, trial: Trial, name: str, config: Mapping[str, Any], seed: int, path: Path, console: Console
+) -> None:
+    recipe = Recipe(
+        name=f"suite {trial.label}", task=trial.task, data=trial.data, d_model=plan.d_model, n_layer=plan.n_layer,
+        mixers={"m": dict(config)}, batch_size=plan.batch_size, steps=trial.steps, learning_rate=4e-3,
+        warmup_steps=min(100, trial.steps // 5), weight_decay=0.1, beta2=0.98, enough=0.99, seed=seed,
+        log_every=50, eval_every=50, eval_examples=256,
+    )  # fmt: skip
+    console.print(f"[bold]{trial.label}[/bold] {name} seed {seed}")
+    resume = (path / "recipe.json").is_file()
+    if not (path / "result.json").is_file():
+        train(recipe, DataSource(), path, console=console, resume=resume)
+    result = json.loads((path / "result.json").read_text())
+    solved = [row["step"] for row in read_metrics(path / "metrics.jsonl") if row.get("accuracy", 0) >= 0.9]
+    kept = ("baselines", "failed", "steps", "state_bytes", "parameters", "seconds")
+    row = {key: result[key] for key in kept} | {
+        "mixer": name,
+        "trial": trial.label,
+        "task": trial.task,
+        "seed": seed,
+        "scores": trial.score,
+        "accuracy": result["test"]["accuracy"],
+        "interval": result["test"]["interval"],
+        "steps_to_90": solved[0] if solved else None,
+        "by_length": _by_length(trial, path, seed),
+    }
+    write_aside(path / "row.json", json.dumps(row, indent=2) + "\n")
+
+
+def _by_length(trial: Trial, path: Path, seed: int) -> dict[str, float]:
+    """Accuracy at one, two and four times the trained length, with as many pairs as in training."""
+    model, task = load_model(str(path)), get_recall(trial.task)
+    full = {**task.defaults, **trial.data}
+    found = {}
+    for factor in _LONGER:
+        seqlen = full["seqlen"] * factor
+        if trial.task == "mqar" and seqlen >= full["vocab_size"]:
+            continue  # the task has no such length
+        batch = make_batch(task, {**trial.data, "seqlen": seqlen}, seed + (1 << 34) + factor, 256)
+        found[str(seqlen)] = score_recall(model, batch)["answers"].accuracy
+    return found
+
+
+def ranking(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mixers by their mean accuracy over the trials that every mixer has run, then by steps to 90 %."""
+    mixers = list(dict.fromkeys(row["mixer"] for row in rows))
+    trials = [row["trial"] for row in rows if row["scores"]]
+    complete = [t for t in dict.fromkeys(trials) if {r["mixer"] for r in rows if r["trial"] == t} == set(mixers)]
+    made = []
+    for mixer in mixers:
+        own = [row for row in rows if row["mixer"] == mixer]
+        by_trial = {
+            trial: [row["accuracy"] for row in own if row["trial"] == trial]
+            for trial in dict.fromkeys(row["trial"] for row in own)
+        }
+        shown = {k: {"mean": statistics.fmean(v), "std": _std(v), "seeds": len(v)} for k, v in by_trial.items()}
+        counted = [statistics.fmean(by_trial[trial]) for trial in complete]
+        solved = [row["steps_to_90"] for row in own if row["steps_to_90"]]
+        made.append(
+            {
+                "mixer": mixer,
+                "mean": statistics.fmean(counted) if counted else 0.0,
+                "trials": shown,
+                "solved": len(solved),
+                "runs": len(own),
+                "steps_to_90": statistics.fmean(solved) if solved else None,
+                "state_bytes": max(row["state_bytes"] for row in own),
+            }
+        )
+    return sorted(made, key=lambda m: (-m["mean"], m["steps_to_90"] or float("inf")))
+
+
+def _std(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    trials = list(dict.fromkeys(row["trial"] for row in result["rows"]))
+    header = ["mixer", "mean", *trials, "solved", "steps to 90 %", "state bytes"]
+    body = []
+    for entry in result["ranking"]:
+        cells = []
+        for trial in trials:
+            found = entry["trials"].get(trial)
+            spread = "" if found is None or found["std"] is None else f" ±{100 * found['std']:.1f}"
+            cells.append("-" if found is None else f"{100 * found['mean']:.1f}{spread}")
+        steps = "-" if entry["steps_to_90"] is None else f"{entry['steps_to_90']:.0f}"
+        body.append(
+            [entry["mixer"], f"{100 * entry['mean']:.1f}", *cells, f"{entry['solved']}/{entry['runs']}", steps,
+             f"{entry['state_bytes']:,}"]
+        )  # fmt: skip
+    return header, body
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The ranking as a Markdown table, with what trivial answers score."""
+    header, body = _cells(result)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body)]
+    guesses = {row["trial"]: row["baselines"] for row in result["rows"]}
+    notes = [f"{t}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in b.items()) for t, b in guesses.items()]
+    return "\n".join([*lines, "", "Trivial answers (%): " + "; ".join(notes) + ".", ""])
+
+
+def _table(result: Mapping[str, Any]) -> Table:
+    header, body = _cells(result)
+    table = Table(*header, title=f"suite {result['tier']}: accuracy (%), {result['seeds']} seed(s)")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def plot_state(rows: Sequence[Mapping[str, Any]], png: Path) -> None:
+    """Accuracy against the size of the state, one panel per trial."""
+    _panels(rows, png, "state (bytes)", lambda row: [(row["state_bytes"], row["accuracy"])], "o")
+
+
+def plot_length(rows: Sequence[Mapping[str, Any]], png: Path) -> None:
+    """Accuracy against the length of the sequence, one panel per trial."""
+    _panels(rows, png, "sequence length", lambda row: [(int(k), v) for k, v in row["by_length"].items()], "o-")
+
+
+def _panels(rows: Sequence[Mapping[str, Any]], png: Path, label: str, points: Any, style: str) -> None:
+    from matplotlib.figure import Figure
+
+    trials = list(dict.fromkeys(row["trial"] for row in rows))
+    if not trials:
+        return
+    mixers = list(dict.fromkeys(row["mixer"] for row in rows))
+    figure = Figure(figsize=(3.2 * len(trials) + 1, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(trials), squeeze=False)[0]
+    for panel, trial in zip(panels, trials):
+        for color, mixer in enumerate(mixers):
+            own = [points(row) for row in rows if row["trial"] == trial and row["mixer"] == mixer]
+            where = sorted({x for run in own for x, _ in run})
+            means = [statistics.fmean(y for run in own for at, y in run if at == x) for x in where]
+            panel.plot(where, [100 * y for y in means], style, color=f"C{color % 10}", label=mixer, markersize=4)
+        panel.set(title=trial, xlabel=label, ylim=(0, 102), xscale="log")
+    panels[0].set_ylabel("accuracy (%)")
+    panels[-1].legend(fontsize=6)
+    part = png.with_name(f".{png.name}.part")
+    figure.savefig(part, format="png", dpi=130)
+    os.replace(part, png)
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in text)

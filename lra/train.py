@@ -1,0 +1,414 @@
+"""Training: a recipe becomes a run folder with one model per seed, on transformers' Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from seqlib.dispatch import use_backend, used
+from seqlib.errors import ConfigError
+from seqlib.hf import (
+    SeqlibConfig,
+    SeqlibForCausalLM,
+    SeqlibForPairClassification,
+    SeqlibForSequenceClassification,
+    SeqlibTrainer,
+)
+
+from .evaluate import collate, gains, invariance, peak_memory, score_examples, score_recall
+from .prepare import prepare
+from .protocols import get_protocol
+from .recall import RECALL, Stream, get_recall, make_batch
+from .recipes import Recipe
+from .runs import Follow, Reporter, override, plot_curve, write_aside
+from .store import Examples, fingerprint
+from .synthetic import Batch
+from .tasks import TASKS, TaskData
+
+__all__ = ["DataSource", "build_model", "load_data", "open_run", "train", "train_seeds"]
+
+_TEST_EXAMPLES = 2000
+_HELD_OUT, _TEST = 1 << 32, 1 << 33  # added to a recipe's seed for data that training does not see
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where the examples of a run come from."""
+
+    folder: str | None = None
+    """Folder or archive; None makes them where the task can be generated, or asks `datasets`."""
+    any_size: bool = False
+    cache: str | None = None
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains and is judged on."""
+
+    vocab_size: int
+    pad: int | None
+    seqlen: int
+    train: Dataset
+    validation: Examples | Batch
+    test: Examples | Batch
+    baselines: dict[str, float]
+    task: TaskData | None = None
+
+
+class _Rows(Dataset):
+    """Indices; `_Collator` cuts the examples out of the memory-mapped file a batch at a time."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def load_data(recipe: Recipe, source: DataSource, *, baselines: bool = True) -> RunData:
+    """The examples that a recipe names."""
+    if recipe.task in RECALL:
+        task = get_recall(recipe.task)
+        batches = recipe.steps * recipe.accumulation
+        stream = Stream(task, recipe.data, seed=recipe.seed, batch_size=recipe.batch_size, batches=batches)
+        held_out = make_batch(task, recipe.data, recipe.seed + _HELD_OUT, recipe.eval_examples)
+        test = make_batch(task, recipe.data, recipe.seed + _TEST, _TEST_EXAMPLES)
+        options = {**task.defaults, **recipe.data}
+        found = task.guesses(options)
+        return RunData(task.vocab_size(options), None, options["seqlen"], stream, held_out, test, found)
+    data = prepare(
+        recipe.task,
+        recipe.protocol,
+        data=None if source.folder is None else Path(source.folder),
+        generate=recipe.data if source.folder is None and TASKS[recipe.task].generates else None,
+        any_size=source.any_size,
+        cache=None if source.cache is None else Path(source.cache),
+        processes=source.processes,
+    )
+    splits = data.splits
+    validation = splits["validation"].head(recipe.eval_examples)
+    found = data.task.baselines(splits) if baselines else {}
+    rows = _Rows(splits["train"])
+    return RunData(data.vocab_size, data.pad, data.seqlen, rows, validation, splits["test"], found, data)
+
+
+def build_model(recipe: Recipe, data: RunData) -> Any:
+    """A freshly initialised model; the recipe's seed decides the weights."""
+    set_seed(recipe.seed)
+    protocol = get_protocol(recipe.protocol)
+    shared: dict[str, Any] = {
+        "vocab_size": data.vocab_size,
+        "d_model": recipe.d_model,
+        "n_layer": recipe.n_layer,
+        "layer_pattern": recipe.layer_pattern,
+        "mixers": {name: dict(mixer) for name, mixer in recipe.mixers.items()},
+        "mlp": None if recipe.mlp is None else dict(recipe.mlp),
+        "max_position_embeddings": data.seqlen,
+    }
+    if data.task is None:
+        return SeqlibForCausalLM(SeqlibConfig(**shared))
+    task = data.task.task
+    shared |= {"num_labels": task.classes, "pad_token_id": data.pad}
+    shared |= {"pooling": protocol.pooling, "pair_head": protocol.pair_head}
+    classes: Any = SeqlibForSequenceClassification if task.width == 1 else SeqlibForPairClassification
+    return classes(SeqlibConfig(**shared))
+
+
+class _Trainer(SeqlibTrainer):
+    """Evaluates with our own scores; takes streams in their order."""
+
+    pad: int | None = None
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        held_out: Any = self.eval_dataset
+        if isinstance(held_out, Batch):
+            accuracy = score_recall(self.model, held_out)["answers"].accuracy
+        else:
+            accuracy = score_examples(self.model, held_out, self.pad).accuracy
+        metrics = {f"{metric_key_prefix}_accuracy": accuracy}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset) if isinstance(dataset, Stream) else super()._get_train_sampler(train_dataset)
+
+
+class _StopWhenSolved(TrainerCallback):
+    def __init__(self, enough: float) -> None:
+        self.enough = enough
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        if metrics["eval_accuracy"] >= self.enough:
+            control.should_training_stop = True
+
+
+def open_run(folder: Path) -> tuple[Recipe, DataSource, dict[str, Any]]:
+    """Recipe, source of the data and everything else that a run folder says about itself."""
+    path = folder / "recipe.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no run folder (it has no recipe.json); give the --output of an earlier train")
+    try:
+        values = json.loads(path.read_text())
+        return Recipe.from_dict(values["recipe"]), DataSource(**values["data"]), values
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error
+
+
+def train(
+    recipe: Recipe,
+    source: DataSource,
+    folder: Path,
+    *,
+    console: Console,
+    resume: bool = False,
+    data: RunData | None = None,
+) -> dict[str, Any]:
+    """Train one model and score it on test data with the weights that were best on held-out data.
+
+    A run that was interrupted goes on from its last whole checkpoint with `resume`, and ends as it would have ended.
+
+    Returns:
+        What is written to result.json: score, interval, baselines and gains, steps, curve, seconds, memory, versions.
+
+    Raises:
+        ConfigError: the folder holds a run already, or the recipe describes no model.
+    """
+    if (folder / "result.json").exists():
+        raise ConfigError(f"{folder} is finished; start a new run in another --output")
+    if (folder / "recipe.json").exists() != resume:
+        hint = "continue it with --resume, or give another --output" if not resume else "there is no run to resume"
+        raise ConfigError(f"{folder}: {hint}")
+    data = data or load_data(recipe, source)
+    model = build_model(recipe, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    _describe(folder, recipe, source, data)
+    reporter = Reporter(folder / "metrics.jsonl", recipe.batch_size * recipe.accumulation)
+    follow = Follow(reporter, console, f"{recipe.task} seed {recipe.seed}")
+    callbacks: list[TrainerCallback] = [reporter, follow]
+    if recipe.patience:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
+    if recipe.enough < 1:
+        callbacks.append(_StopWhenSolved(recipe.enough))
+    rows = data.train
+
+    def batch(features: list[Any]) -> dict[str, torch.Tensor]:
+        if isinstance(rows, _Rows):
+            return collate(rows.examples, np.array(features), data.pad)
+        return {name: torch.stack([f[name] for f in features]) for name in features[0]}
+
+    trainer = _Trainer(
+        model=model, args=_arguments(recipe, folder), train_dataset=rows, eval_dataset=data.validation,  # type: ignore[arg-type]
+        data_collator=batch, callbacks=callbacks,
+    )  # fmt: skip
+    trainer.pad = data.pad
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = (
+        get_last_checkpoint(str(folder / "checkpoints")) if resume and (folder / "checkpoints").is_dir() else None
+    )
+    scope = contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
+    with scope:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            follow.close()
+        result = _result(trainer, recipe, data, reporter)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as aside:
+        trainer.save_model(aside)
+        os.rename(aside, folder / "model")
+        os.mkdir(aside)  # for the context to remove
+    plot_curve(folder / "metrics.jsonl", folder / "curve.png", data.baselines)
+    _describe(folder, recipe, source, data)
+    write_aside(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _describe(folder: Path, recipe: Recipe, source: DataSource, data: RunData) -> None:
+    """Write recipe.json: what is run, on which data, by which versions and kernels."""
+    values = {
+        "recipe": recipe.to_dict(),
+        "data": vars(source),
+        "examples": None if data.task is None else data.task.manifest,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("seqlib", "torch", "transformers", "accelerate")},
+        "machine": {
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "backends": used(),
+    }
+    write_aside(folder / "recipe.json", json.dumps(values, indent=2) + "\n")
+
+
+def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        max_steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.beta2,
+        max_grad_norm=recipe.clip,
+        bf16=recipe.dtype == "bfloat16",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # a NaN must stop the run, not vanish from the average
+        eval_strategy="steps",
+        eval_steps=recipe.eval_every,
+        save_steps=recipe.eval_every,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _result(trainer: Any, recipe: Recipe, data: RunData, reporter: Reporter) -> dict[str, Any]:
+    model = trainer.model
+    if isinstance(data.test, Batch):
+        scores = score_recall(model, data.test)
+        score, check = scores["answers"], None
+        extra = {"whole_examples": scores["examples"].to_dict()}
+    else:
+        score, check, extra = score_examples(model, data.test, data.pad), invariance(model, data.test, data.pad), {}
+    latest = reporter.latest
+    chance = max(v for k, v in data.baselines.items() if not k.startswith("lists")) if data.baselines else 0.0
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "task": recipe.task,
+        "protocol": recipe.protocol if data.task is not None else None,
+        "recipe": recipe.name,
+        "mixers": {name: dict(mixer) for name, mixer in recipe.mixers.items()},
+        "layer_pattern": recipe.layer_pattern,
+        "seed": recipe.seed,
+        "data": fingerprint({"recipe": dict(recipe.data), "examples": data.task.manifest if data.task else None}),
+        "test": score.to_dict(),
+        "baselines": data.baselines,
+        "gains": gains(score.accuracy, data.baselines),
+        "failed": score.interval[1] <= chance + 0.02,  # no better than the best answer that reads nothing in order
+        "invariance": check,
+        "best_step": trainer.state.best_global_step,
+        "best_held_out": trainer.state.best_metric,
+        "steps": trainer.state.global_step,
+        "examples_per_s": latest.get("examples_per_s"),
+        "data_s": latest.get("data_s"),
+        "seconds": latest.get("elapsed_s"),
+        "parameters": parameters,
+        "state_bytes": model.model.backbone.state_bytes(1, data.seqlen),
+        "seqlen": data.seqlen,
+        "memory": peak_memory(),
+        "backends": used(),
+        **extra,
+    }
+
+
+def write_plan(folder: Path, recipe: Recipe, source: DataSource, seeds: int) -> None:
+    """Write plan.json, from which `--resume` learns what was wanted."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; continue with --resume {folder}, or give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = {"recipe": recipe.to_dict(), "data": vars(source), "seeds": seeds}
+    write_aside(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
+
+
+def open_plan(folder: Path) -> tuple[Recipe, DataSource, int]:
+    """What `write_plan` wrote.
+
+    Raises:
+        ConfigError: there is no plan, or one of another version.
+    """
+    path = folder / "plan.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no plan.json; give the --output of an earlier train")
+    try:
+        values = json.loads(path.read_text())
+        return Recipe.from_dict(values["recipe"]), DataSource(**values["data"]), int(values["seeds"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error
+
+
+def train_seeds(
+    recipe: Recipe, source: DataSource, folder: Path, seeds: Sequence[int], *, console: Console
+) -> dict[str, Any]:
+    """One run per seed in `folder/seed-N`, and their mean, standard deviation and failures in `folder/summary.json`.
+
+    Finished seeds are kept, an interrupted one goes on and missing ones are run.
+    """
+    results = []
+    for seed in seeds:
+        part = folder / f"seed-{seed}"
+        done = part / "result.json"
+        if done.is_file():
+            results.append(json.loads(done.read_text()))
+            continue
+        begun = (part / "recipe.json").is_file()
+        results.append(train(replace(recipe, seed=seed), source, part, console=console, resume=begun))
+    summary = summarise(results)
+    write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of results of one recipe."""
+    scores = [result["test"]["accuracy"] for result in results]
+    first = results[0]
+    return {
+        **{key: first[key] for key in ("task", "protocol", "recipe", "mixers", "layer_pattern", "data", "baselines",
+                                       "parameters", "state_bytes", "seqlen")},
+        "seeds": [result["seed"] for result in results],
+        "accuracies": scores,
+        "mean": statistics.fmean(scores),
+        "std": statistics.stdev(scores) if len(scores) > 1 else None,
+        "failed_seeds": [result["seed"] for result in results if result["failed"]],
+        "n": first["test"]["n"],
+        "interval": first["test"]["interval"] if len(results) == 1 else None,
+        "steps": [result["steps"] for result in results],
+        "seconds": sum(result["seconds"] or 0 for result in results),
+    }  # fmt: skip
+
+
+def configure(name: str, task: str, settings: Sequence[str], mixer: str | None, protocol: str | None) -> Recipe:
+    """A recipe by name with what the command line changes."""
+    from .recipes import find_recipe
+
+    changes = list(settings)
+    if protocol is not None:
+        changes.append(f"protocol={protocol}")
+    if mixer is not None:
+        value = json.loads(mixer) if mixer.startswith("{") else {"kind": mixer}
+        changes.append(f"mixers={json.dumps({'m': value})}")
+        changes.append("layer_pattern=m")
+    return override(find_recipe(name, task), changes)

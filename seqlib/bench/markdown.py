@@ -1,0 +1,84 @@
+"""Writes docs/BENCHMARKS.md from the JSON files in docs/bench: `python -m seqlib.bench.markdown docs`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["page"]
+
+HEAD = """# Benchmarks
+
+Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench OPS --json FILE` or
+`seqlib-lm bench mamba-130m --json FILE`; this page is written by `python -m seqlib.bench.markdown docs`. Ratios compare
+runs that took turns in one process. Processor time of one core is steadier than wall time where neighbours share the
+machine. Freed memory is kept by the process (glibc's mallopt), for all contenders alike.
+"""
+
+
+def page(folder: Path) -> str:
+    """The page for all JSON files of a folder."""
+    parts = [HEAD]
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        parts.append(f"## {path.stem}\n\n{_machine(report)}")
+        parts += [_case(result) for result in report.get("results", [])]
+        if "mamba_130m" in report:
+            parts.append(_model(report["mamba_130m"]))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _machine(report: dict[str, Any]) -> str:
+    facts, limit = report["machine"], report["limits"]
+    load = ", ".join(f"{x:.1f}" for x in facts["load_average"])
+    return (
+        f"{facts['cpu']}, {report['options']['threads']} threads, {facts['isa']}, torch {facts['torch']}, load {load} "
+        f"at the start. In the same run: copy {limit['copy_gb_s']:.0f} GB/s, matrix product "
+        f"{limit['matmul_float32_gflop_s']:.0f} GFLOP/s in float32."
+    )
+
+
+def _case(result: dict[str, Any]) -> str:
+    lines = []
+    for kind in ("forward", "forward_backward"):
+        for name, t in result[kind].items():
+            ratios = [f"{t[key]:.3g}" if key in t else "" for key in ("over_torch", "over_reference")]
+            cells = [
+                kind.replace("_", " + "),
+                name,
+                f"{1e3 * t['wall_s']:.3g}",
+                f"{1e3 * t['one_core_s']:.3g}",
+                *ratios,
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    left_out = "; ".join(f"{k}: {v}" for k, v in (result["skipped"] | result["cannot_run"]).items())
+    table = ["| | who | wall ms | one core ms | x torch | x reference |", "|---|---|---|---|---|---|", *lines]
+    return (
+        f"### {result['op']}: {result['case']}, {result['dtype']}\n\n"
+        + "\n".join(table)
+        + (f"\n\nLeft out: {left_out}." if left_out else "")
+    )
+
+
+def _model(made: dict[str, Any]) -> str:
+    what = {
+        "forward": f"forward, batch 1, seqlen {made['seqlen']}",
+        "train": f"training step, {made['train_layers']} of {made['n_layer']} layers",
+        "decode": f"greedy generate(), 16 + {made['new_tokens']} tokens",
+    }
+    lines = ["| Mamba 130M, same weights and logits | seqlib s | transformers s | ratio |", "|---|---|---|---|"]
+    for kind, name in what.items():
+        t = made[kind]
+        lines.append(f"| {name} | {t['seqlib']['wall_s']:.3f} | {t['transformers']['wall_s']:.3f} | {t['ratio']:.1f} |")
+    speeds = [made["decode"][f"{name}_tokens_per_s"] for name in ("seqlib", "transformers")]
+    error = made["logits_relative_error"]
+    return "\n".join(lines) + (
+        f"\n\nDecoding: {speeds[0]:.1f} tokens/s beside {speeds[1]:.1f}. Logits differ by {error:.1e} relative."
+    )
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    (root / "BENCHMARKS.md").write_text(page(root / "bench"))

@@ -1,0 +1,146 @@
+"""DeltaNet: a matrix state that is corrected towards each new value, behind a short convolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from seqlib.errors import ConfigError
+from seqlib.layers.decay import constant
+from seqlib.layers.init import fill_, linear_
+from seqlib.layers.linear import Linear
+from seqlib.layers.short_conv import ShortConv
+from seqlib.mixers.base import MixerConfig, positive, wide
+from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
+from seqlib.ops import delta_rule, rms_norm
+from seqlib.ops.delta_rule import step as delta_step
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["DeltaConfig", "DeltaMixer", "DeltaNet", "DeltaNetConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaConfig(MixerConfig):
+    """What the mixers around the delta rule have in common."""
+
+    nheads: int = 16
+    """Heads of queries and keys."""
+    nheads_v: int | None = None
+    """Heads of values, each group of nheads_v / nheads neighbours sharing a query and key head; None is nheads."""
+    headdim: int | None = None
+    """Width of each query and key; None is d_model / nheads."""
+    expand_v: float = 1.0
+    """Width of each value = expand_v * headdim."""
+    d_conv: int = 4
+    allow_neg_eigval: bool = False
+    """beta in (0, 2) instead of (0, 1), so that the state can be reflected."""
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        positive(self, "nheads", "nheads_v", "headdim", "d_conv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig(DeltaConfig):
+    """Hyperparameters of `DeltaNet`; the defaults are those of fla."""
+
+    kind: str = "deltanet"
+    gate: bool = False
+    """Gate the outputs by silu(g_proj(x))."""
+
+
+D = TypeVar("D", bound=DeltaConfig)
+
+
+class DeltaMixer(MatrixMixer[D], Generic[D]):
+    """Projections, convolution and norm around `ops.delta_rule`; subclasses add a decay and an output gate.
+
+    Rows of `qkv_proj` and `conv1d` are q, k, v, heads side by side.
+    """
+
+    def __init__(self, config: D, d_model: int, **place: Any) -> None:
+        super().__init__(config, d_model, **place)
+        c = config
+        d_state = c.headdim or divide(c.kind, "d_model", d_model, "nheads", c.nheads)
+        nheads, headdim = c.nheads_v or c.nheads, int(c.expand_v * d_state)
+        divide(c.kind, "nheads_v", nheads, "nheads", c.nheads)
+        if headdim < 1:
+            raise ConfigError(f"{c.kind}: expand_v * headdim must be at least 1, got {c.expand_v} * {d_state}")
+        self.matrix_shape = (nheads, d_state, headdim)
+        self.widths = [c.nheads * d_state, c.nheads * d_state, nheads * headdim]
+        self.qkv_proj = Linear(d_model, sum(self.widths), bias=False)
+        self.conv1d = ShortConv(sum(self.widths), c.d_conv, bias=False)
+        self.b_proj = Linear(d_model, nheads, bias=False)
+        self.norm_weight = nn.Parameter(torch.empty(headdim))
+        self.o_proj = Linear(nheads * headdim, d_model, bias=False)
+
+    def reset_parameters(self) -> None:
+        self.conv1d.reset_parameters()
+        for layer in (m for m in self.modules() if isinstance(m, Linear)):
+            linear_(layer, self.residual_scale if layer is self.o_proj else 1.0)
+        fill_(self.norm_weight, 1.0)
+
+    def log_decay(self, x: Tensor) -> Tensor | None:
+        """(..., nheads) or (..., nheads, d_state) for x (..., d_model); None for no decay."""
+        return None
+
+    def out(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output from y (..., nheads, headdim)."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, state: MatrixState | None = None, seq: SequenceInfo | None = None
+    ) -> tuple[Tensor, MatrixState]:
+        self.check(x, seq)
+        before, matrix = (None, None) if state is None else (state.conv, state.state)
+        qkv, conv = self.conv1d(self.qkv_proj(x), before, seq)
+        y, matrix = delta_rule(
+            *self._heads(qkv), self._beta(x), self.log_decay(x), scale=self.matrix_shape[1] ** -0.5,
+            initial_state=matrix, seq=seq, backend=self.backend("delta_rule"),
+        )  # fmt: skip
+        return self.out(y, x), MatrixState(matrix, conv)
+
+    def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
+        assert state.conv is not None
+        heads = self._heads(self.conv1d.step(self.qkv_proj(x), state.conv))
+        scale = self.matrix_shape[1] ** -0.5
+        return self.out(delta_step(*heads, self._beta(x), self.log_decay(x), state.state, scale=scale), x), state
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nheads, d_state, _ = self.matrix_shape
+        q, k, v = qkv.split(self.widths, -1)
+        # x / sqrt(sum of squares + 1e-6), from the norm of mean squares.
+        scale = constant((d_state**-0.5,) * d_state, q)
+        q, k = (rms_norm(t.unflatten(-1, (-1, d_state)), scale, eps=1e-6 / d_state) for t in (q, k))
+        return q, k, v.unflatten(-1, (nheads, -1))
+
+    def _beta(self, x: Tensor) -> Tensor:
+        beta = torch.sigmoid(wide(self.b_proj(x)))
+        return 2 * beta if self.config.allow_neg_eigval else beta
+
+
+class DeltaNet(DeltaMixer[DeltaNetConfig]):
+    """Linear attention with the delta rule.
+
+        q, k, v = silu(causal_conv1d(qkv_proj(x)));  q, k = q / |q|, k / |k| per head;  beta = sigmoid(b_proj(x))
+        S_t = S_{t-1} + beta_t k_t^T (v_t - k_t S_{t-1})
+        y_t = o_proj(rms_norm(d_state^(-1/2) q_t S_t))          per head; with gate: * silu(g_proj(x))
+
+    Source: Yang et al. 2024 (DeltaNet, arXiv 2406.06484), eq. 5 and section 3.4; details as in fla,
+    layers/delta_net.py.
+    """
+
+    Config: ClassVar[type[MixerConfig]] = DeltaNetConfig
+
+    def __init__(self, config: DeltaNetConfig, d_model: int, **place: Any) -> None:
+        super().__init__(config, d_model, **place)
+        self.g_proj = Linear(d_model, self.widths[2], bias=False) if config.gate else None
+        self.reset_parameters()
+
+    def out(self, y: Tensor, x: Tensor) -> Tensor:
+        gate = None if self.g_proj is None else self.g_proj(x).view_as(y)
+        y = rms_norm(y, self.norm_weight, gate=gate, norm_before_gate=True, eps=self.config.norm_eps)
+        return self.o_proj(y.flatten(-2))

@@ -1,0 +1,107 @@
+"""Linear attention with a feature map and the denominator of the softmax it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.layers.feature_maps import FEATURE_MAPS, SIGNED, feature_size
+from seqlib.layers.init import linear_
+from seqlib.layers.linear import Linear
+from seqlib.mixers.base import MixerConfig, positive
+from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
+from seqlib.ops import linear_attention
+from seqlib.ops.linear_attention import step as attention_step
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["LinearTransformer", "LinearTransformerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearTransformerConfig(MixerConfig):
+    """Hyperparameters of `LinearTransformer`."""
+
+    kind: str = "linear_transformer"
+    nheads: int = 8
+    d_feature: int | None = None
+    """Width of each query and key before the feature map; None is d_model / nheads, the width of the values."""
+    feature_map: str = "elu1"
+    """"elu1" (elu(x) + 1), "relu" or "taylor" (see `layers.feature_maps`); unnormalised also "elu" and "identity"."""
+    normalized: bool = True
+    """Divide by phi(q) . sum of phi(k) + eps."""
+    eps: float = 1e-6
+    causal: bool = True
+    """False sees the whole sequence; such a layer has no state to go on from."""
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        positive(self, "nheads", "d_feature")
+        if self.feature_map not in FEATURE_MAPS:
+            raise ConfigError(
+                f"{self.kind}: unknown feature_map {self.feature_map!r}; known: {', '.join(sorted(FEATURE_MAPS))}"
+            )
+        if self.feature_map in SIGNED and self.normalized:
+            raise ConfigError(f"{self.kind}: {self.feature_map} features can be negative; set normalized=False")
+
+
+class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
+    """Linear attention, normalised.
+
+        S_t = S_{t-1} + phi(k_t)^T v_t;   z_t = z_{t-1} + phi(k_t)
+        y_t = o_proj(phi(q_t) S_t / (phi(q_t) . z_t + eps))
+
+    State: `MatrixState`; z is the last column of S, made by a column of ones beside v.
+
+    Source: Katharopoulos et al. 2020 (arXiv 2006.16236), eq. 9-12 (elu + 1, and causal as eq. 16-20).
+    """
+
+    Config: ClassVar[type[MixerConfig]] = LinearTransformerConfig
+    supports: ClassVar[frozenset[str]] = frozenset({"packed", "padded", "initial_state", "bidirectional"})
+
+    def __init__(self, config: LinearTransformerConfig, d_model: int, **place: Any) -> None:
+        super().__init__(config, d_model, **place)
+        c = config
+        headdim = divide(c.kind, "d_model", d_model, "nheads", c.nheads)
+        d_feature = c.d_feature or headdim
+        self.matrix_shape = (c.nheads, feature_size(c.feature_map, d_feature), headdim + c.normalized)
+        self.q_proj = Linear(d_model, c.nheads * d_feature, bias=c.bias)
+        self.k_proj = Linear(d_model, c.nheads * d_feature, bias=c.bias)
+        self.v_proj = Linear(d_model, d_model, bias=c.bias)
+        self.o_proj = Linear(d_model, d_model, bias=c.bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.q_proj, self.k_proj, self.v_proj):
+            linear_(layer)
+        linear_(self.o_proj, self.residual_scale)
+
+    def forward(
+        self, x: Tensor, state: MatrixState | None = None, seq: SequenceInfo | None = None
+    ) -> tuple[Tensor, MatrixState]:
+        self.check(x, seq)
+        y, matrix = linear_attention(
+            *self._heads(x), initial_state=None if state is None else state.state, causal=self.config.causal, seq=seq,
+            backend=self.backend("linear_attention"),
+        )  # fmt: skip
+        return self._out(y), MatrixState(matrix)
+
+    def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
+        if not self.config.causal:
+            raise UnsupportedInput(f"{self.config.kind} with causal=False cannot decode token by token")
+        q, k, v = self._heads(x)
+        return self._out(attention_step(q, k, v, None, state.state)), state
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        q, k, v = (p(x).unflatten(-1, (c.nheads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        features = FEATURE_MAPS[c.feature_map]
+        return features(q), features(k), F.pad(v, (0, 1), value=1.0) if c.normalized else v
+
+    def _out(self, y: Tensor) -> Tensor:
+        if self.config.normalized:
+            y = y[..., :-1] / (y[..., -1:] + self.config.eps)
+        return self.o_proj(y.flatten(-2))

@@ -1,0 +1,112 @@
+"""Retention: linear attention with one constant decay per head and rotary positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from seqlib.layers.decay import constant, retention_log_decay
+from seqlib.layers.init import fill_, linear_
+from seqlib.layers.linear import Linear
+from seqlib.layers.positions import advance, positions
+from seqlib.layers.rotary import Rotary
+from seqlib.mixers.base import MixerConfig, positive
+from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
+from seqlib.ops import linear_attention, rms_norm
+from seqlib.ops.linear_attention import step as attention_step
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["RetNet", "RetNetConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetNetConfig(MixerConfig):
+    """Hyperparameters of `RetNet`; the defaults are those of fla."""
+
+    kind: str = "retnet"
+    nheads: int = 8
+    expand_k: float = 1.0
+    """Width of all queries = expand_k * d_model."""
+    expand_v: float = 2.0
+    """Width of all values = expand_v * d_model."""
+    rotary: bool = True
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        positive(self, "nheads")
+
+
+class RetNet(MatrixMixer[RetNetConfig]):
+    """Multi-scale retention.
+
+        q, k = rotary(q_proj(x)), rotary(k_proj(x));  v = v_proj(x);  g = g_proj(x)
+        S_t = gamma_h S_{t-1} + k_t^T v_t,  gamma_h = 1 - 2^(-5-h)
+        y_t = o_proj(rms_norm(d_state^(-1/2) q_t S_t) * silu(g_t))            norm per head
+
+    State: `MatrixState` with a count of tokens where there are rotary positions.
+
+    Source: Sun et al. 2023 (RetNet, arXiv 2307.08621), eq. 5-8; names and details as in fla,
+    layers/multiscale_retention.py.
+    """
+
+    Config: ClassVar[type[MixerConfig]] = RetNetConfig
+
+    def __init__(self, config: RetNetConfig, d_model: int, **place: Any) -> None:
+        super().__init__(config, d_model, **place)
+        c = config
+        d_key, d_value = int(c.expand_k * d_model), int(c.expand_v * d_model)
+        d_state = divide(c.kind, "expand_k * d_model", d_key, "nheads", c.nheads)
+        headdim = divide(c.kind, "expand_v * d_model", d_value, "nheads", c.nheads)
+        self.matrix_shape = (c.nheads, d_state, headdim)
+        self.counts = c.rotary
+        self.log_decay = retention_log_decay(c.nheads)
+        self.q_proj = Linear(d_model, d_key, bias=False)
+        self.k_proj = Linear(d_model, d_key, bias=False)
+        self.v_proj = Linear(d_model, d_value, bias=False)
+        self.g_proj = Linear(d_model, d_value, bias=False)
+        self.o_proj = Linear(d_value, d_model, bias=False)
+        self.norm_weight = nn.Parameter(torch.empty(headdim))
+        self.rotary = Rotary(d_state, c.rope_theta) if c.rotary else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
+            linear_(layer)
+        linear_(self.o_proj, self.residual_scale)
+        fill_(self.norm_weight, 1.0)
+
+    def forward(
+        self, x: Tensor, state: MatrixState | None = None, seq: SequenceInfo | None = None
+    ) -> tuple[Tensor, MatrixState]:
+        self.check(x, seq)
+        matrix, before = (None, None) if state is None else (state.state, state.length)
+        at = None if self.rotary is None else positions(x, before, seq)
+        y, matrix = linear_attention(
+            *self._heads(x, at), constant(self.log_decay, x), scale=self.matrix_shape[1] ** -0.5, initial_state=matrix,
+            seq=seq, backend=self.backend("linear_attention"),
+        )  # fmt: skip
+        return self._out(y, x), MatrixState(matrix, length=None if at is None else advance(x, before, seq))
+
+    def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
+        decay, scale = constant(self.log_decay, x), self.matrix_shape[1] ** -0.5
+        y = attention_step(*self._heads(x, state.length), decay, state.state, scale=scale)
+        if state.length is not None:
+            state.length += 1
+        return self._out(y, x), state
+
+    def _heads(self, x: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        nheads = self.config.nheads
+        q, k, v = (p(x).unflatten(-1, (nheads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rotary is not None:
+            assert at is not None
+            q, k = self.rotary(at, q, k)
+        return q, k, v
+
+    def _out(self, y: Tensor, x: Tensor) -> Tensor:
+        gate = self.g_proj(x).view_as(y)
+        y = rms_norm(y, self.norm_weight, gate=gate, norm_before_gate=True, eps=self.config.norm_eps)
+        return self.o_proj(y.flatten(-2))
