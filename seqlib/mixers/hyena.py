@@ -130,10 +130,12 @@ class Hyena(Mixer[HyenaConfig]):
 
     def _make(self) -> Tensor:
         c, h = self.config, wide(self.positions)
+        weights = [layer.get_parameter("weight") for layer in self.filter]
+        biases = [layer.get_parameter("bias") for layer in self.filter[:-1]]
         with torch.autocast(h.device.type, enabled=False):
-            for layer in self.filter[:-1]:
-                h = torch.sin(wide(self.frequency) * F.linear(h, wide(layer.weight), wide(layer.bias)))
-            kernel = wide(self.filter[-1].weight) @ h.T
+            for weight, bias in zip(weights[:-1], biases):
+                h = torch.sin(wide(self.frequency) * F.linear(h, wide(weight), wide(bias)))
+            kernel = wide(weights[-1]) @ h.T
             decay = torch.linspace(1 / c.slow_decay, 1 / c.fast_decay, self.d_model, device=h.device, dtype=h.dtype)
             window = torch.exp(math.log(1e-2) * decay[:, None] * self._time().to(h.dtype))
             return kernel * (window + c.shift)

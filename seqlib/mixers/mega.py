@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError, UnsupportedInput
-from seqlib.layers.init import fill_, linear_, normal_
+from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
 from seqlib.layers.linear import Linear
 from seqlib.layers.lti import Diagonal, continue_span
@@ -110,20 +110,20 @@ class EMA(nn.Module):
         return self._kept(name, key, [self.delta, self.alpha, self.beta, self.gamma], make)
 
     def _make_kernel(self, length: int) -> Tensor:
-        log_decay, into, out = (t.flatten(0, 1) for t in self._parameters())
+        log_decay, into, out = (t.flatten(0, 1) for t in self._coefficients())
         one = torch.ones(len(out), dtype=out.dtype, device=out.device)
         kernel = ssm_kernel_diag(log_decay, into, out, one, length, discretization="dirac")
         return kernel.unflatten(0, (len(self.delta), -1))
 
     def _system(self) -> Diagonal:
-        log_decay, into, out = (t[0] for t in self._parameters())
+        log_decay, into, out = (t[0] for t in self._coefficients())
         return Diagonal(log_decay, into, out, pairs=False)
 
     def _step_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        log_decay, into, out = (t[0] for t in self._parameters())
+        log_decay, into, out = (t[0] for t in self._coefficients())
         return torch.exp(log_decay).to(out.dtype), into.to(out.dtype), out
 
-    def _parameters(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
         """log(1 - p a) and p beta in float64, gamma / sqrt(d_state); (directions, d_model, d_state)."""
         p = torch.sigmoid(self.delta.double())
         log_decay = torch.log1p(-p * torch.sigmoid(self.alpha.double()))
