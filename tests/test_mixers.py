@@ -75,6 +75,8 @@ VARIANTS: dict[str, list[dict]] = {
         {"d_state": 4, "d_qk": 6, "chunk_size": 8},
         {"d_state": 2, "d_qk": 4, "chunk_size": 3, "d_hidden": 10},
         {"d_state": 3, "d_qk": 4, "chunk_size": None},
+        {"d_state": 2, "d_qk": 5, "chunk_size": 7, "scores": "laplace", "bias": "simple"},
+        {"d_state": 2, "d_qk": 4, "chunk_size": None, "scores": "relu2", "bias": "simple", "max_positions": 80},
     ],
     "hyena": [{"l_max": 50, "d_filter": 8}, {"l_max": 11, "d_filter": 6, "d_position": 5, "d_conv": 4, "shift": 0.05}],
     "lmu": [{"d_state": 6, "theta": 10.0}, {"d_state": 5, "theta": 30.0, "n_memory": 3, "d_hidden": 12}],

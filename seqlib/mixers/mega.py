@@ -10,16 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.layers.chunk_attention import SCORES, chunk_attention, chunk_attention_step
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
 from seqlib.layers.linear import Linear
 from seqlib.layers.lti import Diagonal, continue_span
-from seqlib.layers.rotary import Rotary
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.mixers.lti import NoState, refuse_state
-from seqlib.ops import attention, long_conv, ssm_kernel_diag
+from seqlib.ops import long_conv, ssm_kernel_diag
 from seqlib.ops.attention import KVState
-from seqlib.ops.attention import step as attention_step
 from seqlib.sequence import SequenceInfo, State
 
 __all__ = ["EMA", "Mega", "MegaConfig", "MegaState"]
@@ -35,21 +34,32 @@ class MegaConfig(MixerConfig):
     d_hidden: int | None = None
     """Width of the values; None is 2 d_model."""
     d_qk: int = 64
-    """Width of queries and keys. Even."""
+    """Width of queries and keys; even with the rotary bias."""
     chunk_size: int | None = 2048
     """Attention stays inside chunks of this many positions of a document; None for the whole document."""
+    scores: str = "softmax"
+    """"softmax", or "laplace" or "relu2" (squared relu) of each score by itself."""
+    bias: str = "rotary"
+    """What distance adds to a score: "rotary", (R_i a) . (R_j b), or "simple", a table of `max_positions` distances."""
+    max_positions: int | None = None
+    """Positions that the table reaches; None is chunk_size."""
     bidirectional: bool = False
     """Averages run both ways and attention sees the whole chunk; such a layer has no state to go on from."""
 
     def __post_init__(self) -> None:
-        positive(self, "d_state", "d_hidden", "d_qk", "chunk_size")
-        if self.d_qk % 2:
-            raise ConfigError(f"mega: d_qk must be even (rotary bias), got {self.d_qk}")
+        positive(self, "d_state", "d_hidden", "d_qk", "chunk_size", "max_positions")
+        for name, values in (("scores", SCORES), ("bias", ("rotary", "simple"))):
+            if getattr(self, name) not in values:
+                raise ConfigError(f"mega: {name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if self.bias == "rotary" and self.d_qk % 2:
+            raise ConfigError(f"mega: the rotary bias needs an even d_qk, got {self.d_qk}")
+        if self.bias == "simple" and not (self.max_positions or self.chunk_size):
+            raise ConfigError("mega: bias='simple' without chunks needs max_positions")
 
 
 @dataclass
 class MegaState(State):
-    """ema: (batch, d_model, d_state), float32; kv: keys and values of the present chunk (or document)."""
+    """ema: (batch, d_model, d_state), float32; kv: keys and values of the present chunk (or document), one head."""
 
     ema: Tensor
     kv: KVState
@@ -134,18 +144,17 @@ class Mega(Mixer[MegaConfig]):
     """Gated attention over moving averages.
 
         v = silu(W_v x);  m = ema(x);  u, z, r, s = split(W_m m);  u = sigmoid(u);  z, r = silu(z), silu(r)
-        q, k = z * w + b, one pair (w, b) for each;  o = softmax(q k^T / sqrt(d_qk) + bias) v, inside chunks
-        y = u * (silu(s + W_h (o * r)) - x),  bias_ij = (R_i a) . (R_j b), R_i the rotation by position i
+        q, k = z * w + b, one pair (w, b) for each;  o = scores(q, k) v inside chunks (`layers.chunk_attention`)
+        y = u * (silu(s + W_h (o * r)) - residual)
 
-    The highway gate mixes with the input of the mixer, which in a pre-norm block is the normalised one; the source
-    takes the one before the norm. Scores are normalised by softmax; the laplace and squared-relu scores of its image
-    models are not offered.
+    The block adds y to `residual`, the stream before its norm, so that u is a highway gate.
 
     Source: Ma et al. 2022 (arXiv 2209.10655), section 3; facebookresearch/mega, moving_average_gated_attention.py.
     """
 
     Config: ClassVar[type[MixerConfig]] = MegaConfig
     supports: ClassVar[frozenset[str]] = frozenset({"packed", "padded", "initial_state", "bidirectional"})
+    takes_residual: ClassVar[bool] = True
 
     def __init__(self, config: MegaConfig, d_model: int, **place: Any) -> None:
         super().__init__(config, d_model, **place)
@@ -157,9 +166,9 @@ class Mega(Mixer[MegaConfig]):
         self.h_proj = Linear(self.hidden, d_model)
         self.qk_weight = nn.Parameter(torch.empty(2, config.d_qk))
         self.qk_bias = nn.Parameter(torch.empty(2, config.d_qk))
-        self.bias_a = nn.Parameter(torch.empty(config.d_qk))
-        self.bias_b = nn.Parameter(torch.empty(config.d_qk))
-        self.rotary = Rotary(config.d_qk)
+        rotary = config.bias == "rotary"
+        reach = config.max_positions or config.chunk_size or 0
+        self.position_bias = nn.Parameter(torch.empty(2, config.d_qk) if rotary else torch.empty(2 * reach - 1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -169,14 +178,17 @@ class Mega(Mixer[MegaConfig]):
             fill_(projection.bias, 0.0)
         normal_(self.qk_weight, 0.02)
         fill_(self.qk_bias, 0.0)
-        normal_(self.bias_a, 0.02)
-        normal_(self.bias_b, 0.02)
+        normal_(self.position_bias, 0.02)
 
     def param_groups(self) -> list[tuple[list[str], dict[str, Any]]]:
         return [([f"ema.{name}" for name, _ in self.ema.named_parameters()], {"weight_decay": 0.0})]
 
     def forward(
-        self, x: Tensor, state: MegaState | None = None, seq: SequenceInfo | None = None
+        self,
+        x: Tensor,
+        state: MegaState | None = None,
+        seq: SequenceInfo | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, MegaState | NoState]:
         self.check(x, seq)
         c = self.config
@@ -184,60 +196,48 @@ class Mega(Mixer[MegaConfig]):
             refuse_state(c, state)
             state = None
         m, ema = self.ema(x, None if state is None else state.ema, seq, self.backend("long_conv"))
-        u, z, r, s = self._split(m)
-        kv = None if state is None else state.kv
-        position = self._positions(x, kv, seq)
-        if c.chunk_size is not None:  # every chunk is a document of its own
-            starts = position % c.chunk_size == 0
-            seq = SequenceInfo(starts, None if seq is None else seq.padding_mask)
-            position = position % c.chunk_size
-        q, k = self._q_k(z, position)
-        v = F.silu(self.v_proj(x))
-        o, kv = attention(
-            q[:, :, None], k[:, :, None], v[:, :, None], window=None if c.bidirectional else c.chunk_size,
-            causal=not c.bidirectional, scale=c.d_qk**-0.5, state=kv, seq=seq, backend=self.backend("attention"),
+        u, q, k, r, s = self._split(m)
+        o, kv = chunk_attention(
+            q, k, F.silu(self.v_proj(x)), self.relative, scores=c.scores, chunk_size=c.chunk_size,
+            causal=not c.bidirectional, state=None if state is None else state.kv, seq=seq,
         )  # fmt: skip
-        y = self._gate(x, u, s, r, o.squeeze(2))
-        return y, NoState() if c.bidirectional or ema is None else MegaState(ema, kv)
+        y = self._gate(x if residual is None else residual, u, s, r, o)
+        return y, NoState() if ema is None else MegaState(ema, kv)
 
-    def step(self, x: Tensor, state: MegaState) -> tuple[Tensor, MegaState]:
+    def step(self, x: Tensor, state: MegaState, residual: Tensor | None = None) -> tuple[Tensor, MegaState]:
         c, kv = self.config, state.kv
-        m = self.ema.step(x, state.ema)
-        u, z, r, s = self._split(m)
-        if c.chunk_size is not None:
-            over = kv.length >= c.chunk_size
-            kv.length.masked_fill_(over, 0)
-            for held in (kv.k, kv.v):
-                held.masked_fill_(over[:, None, None, None], 0)
-        elif x.device.type == "cpu" and int(kv.length.max()) >= kv.capacity:
+        u, q, k, r, s = self._split(self.ema.step(x, state.ema))
+        if c.chunk_size is None and x.device.type == "cpu" and int(kv.length.max()) >= kv.capacity:
             kv = state.kv = kv.reserve(max(16, 2 * kv.capacity))
-        q, k = (t.squeeze(1) for t in self._q_k(z[:, None], kv.length[:, None]))
         v = F.silu(self.v_proj(x))
-        o = attention_step(q[:, None], k[:, None], v[:, None], kv, window=c.chunk_size, scale=c.d_qk**-0.5)  # one head
-        return self._gate(x, u, s, r, o.squeeze(1)), state
+        o = chunk_attention_step(q, k, v, self.relative, kv, scores=c.scores, chunk_size=c.chunk_size)
+        return self._gate(x if residual is None else residual, u, s, r, o), state
 
-    def _split(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def relative(self, count: int) -> Tensor:
+        """(2 count - 1,) what is added to scores by the distance from query to key, 1 - count .. count - 1."""
+        table = wide(self.position_bias)
+        if self.config.bias == "simple":
+            reach = (len(table) + 1) // 2
+            if count > reach:
+                raise UnsupportedInput(
+                    f"mega: the bias reaches {reach} positions, got {count}; set max_positions or chunk_size"
+                )
+            return table[reach - count : reach + count - 1]
+        a, b = (t.chunk(2) for t in table)
+        half = len(a[0])
+        frequency = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=table.device) / half)
+        angle = torch.arange(1 - count, count, device=table.device)[:, None] * frequency
+        # a . R b by the angle between the two positions.
+        even, odd = a[0] * b[0] + a[1] * b[1], a[1] * b[0] - a[0] * b[1]
+        return angle.cos().to(table.dtype) @ even + angle.sin().to(table.dtype) @ odd
+
+    def _split(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         u, z, r, s = self.m_proj(m).split(self.sizes, -1)
-        return torch.sigmoid(u), F.silu(z), F.silu(r), s
+        q, k = (F.silu(z)[..., None, :] * self.qk_weight + self.qk_bias).unbind(-2)
+        return torch.sigmoid(u), q, k, F.silu(r), s
 
-    def _q_k(self, z: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (batch, seqlen, 2 d_qk): the second halves multiply to the bias of their two positions."""
-        q, k = (z[..., None, :] * self.qk_weight + self.qk_bias).unbind(-2)
-        a, b = (t.expand(*position.shape, 1, -1) for t in (self.bias_a * self.config.d_qk**0.5, self.bias_b))
-        a, b = (t.squeeze(2).expand_as(q) for t in self.rotary(position, a, b))
-        return torch.cat([q, a.to(q.dtype)], -1), torch.cat([k, b.to(k.dtype)], -1)
-
-    def _gate(self, x: Tensor, u: Tensor, s: Tensor, r: Tensor, o: Tensor) -> Tensor:
-        return self.residual_scale * u * (F.silu(s + self.h_proj(o.to(x.dtype) * r)) - x)
-
-    def _positions(self, x: Tensor, kv: KVState | None, seq: SequenceInfo | None) -> Tensor:
-        """(batch, seqlen): tokens of the document before each one, counted from the start of the chunk of the state."""
-        batch, seqlen = x.shape[:2]
-        here = (seq or SequenceInfo()).positions(batch, seqlen, x.device)
-        if kv is None:
-            return here
-        before = kv.length[:, None]
-        return here + (before if seq is None or seq.document_ids is None else before * (seq.document_ids == 0))
+    def _gate(self, residual: Tensor, u: Tensor, s: Tensor, r: Tensor, o: Tensor) -> Tensor:
+        return u * (F.silu(s + self.h_proj(o * r)) - residual.to(u.dtype))
 
     def initial_state(
         self,
@@ -251,14 +251,13 @@ class Mega(Mixer[MegaConfig]):
             raise UnsupportedInput("mega with bidirectional=True has no state and cannot decode")
         device = device or weight.device
         ema = torch.zeros(batch, self.d_model, c.d_state, dtype=wide_dtype(weight), device=device)
-        capacity = c.chunk_size or max_seqlen or 0
-        sizes = (batch, capacity, 1, 2 * c.d_qk, self.hidden)
+        sizes = (batch, c.chunk_size or max_seqlen or 0, 1, c.d_qk, self.hidden)
         return MegaState(ema, KVState.empty(*sizes, dtype=dtype or weight.dtype, device=device))
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
         c, weight = self.config, self.v_proj.weight
         if c.bidirectional:
             return 0
-        token = (2 * c.d_qk + self.hidden) * weight.element_size()
+        token = (c.d_qk + self.hidden) * weight.element_size()
         ema = self.d_model * c.d_state * wide_dtype(weight).itemsize
         return batch * (ema + (c.chunk_size or seqlen) * token + torch.long.itemsize)

@@ -32,13 +32,16 @@ class Block(nn.Module):
             self.mlp = MLP(config.mlp, config.d_model, residual_scale=self.mixer.residual_scale)
 
     def forward(self, x: Tensor, state: State | None, seq: SequenceInfo | None) -> tuple[Tensor, State]:
-        y, state = self.mixer(self.norm(x), state, seq)
+        y, state = self.mixer(self.norm(x), state, seq, **self._residual(x))
         return self._mlp(x + y), state
 
     @torch.no_grad()
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        y, state = self.mixer.step(self.norm(x), state)
+        y, state = self.mixer.step(self.norm(x), state, **self._residual(x))
         return self._mlp(x + y), state
+
+    def _residual(self, x: Tensor) -> dict[str, Tensor]:
+        return {"residual": x} if self.mixer.takes_residual else {}
 
     def _mlp(self, x: Tensor) -> Tensor:
         return x if self.mlp is None or self.mlp_norm is None else x + self.mlp(self.mlp_norm(x))
