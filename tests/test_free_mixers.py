@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.layers.hippo import hippo
 from seqlib.mixers import Mixer, build_mixer
+from seqlib.mixers.lmu import _discrete
 from seqlib.sequence import SequenceInfo
 
 D_MODEL = 6
@@ -142,7 +146,11 @@ def test_two_directions_of_sgconv() -> None:
         mixer.initial_state(1)
 
 
-STREAMS = [{"kind": "sgconv", "l_max": 20, "kernel_dim": 3}, {"kind": "sgconv", "l_max": 1, "kernel_dim": 1}]
+STREAMS = [
+    {"kind": "sgconv", "l_max": 20, "kernel_dim": 3},
+    {"kind": "hyena", "l_max": 20, "d_filter": 5},
+    {"kind": "sgconv", "l_max": 1, "kernel_dim": 1},
+]
 
 
 @pytest.mark.parametrize("config", STREAMS)
@@ -170,7 +178,7 @@ def test_streams_change_between_steps_and_spans(config: dict) -> None:
     _same(mixer.step(x[:, begin], state)[0], want[:, begin])
 
 
-@pytest.mark.parametrize("config", STREAMS[:1])
+@pytest.mark.parametrize("config", STREAMS[:2], ids=lambda c: c["kind"])
 @torch.no_grad()
 def test_streams_hear_of_a_new_kernel(config: dict) -> None:
     mixer, x = _mixer(**config), _input(1, 30)
@@ -178,11 +186,104 @@ def test_streams_hear_of_a_new_kernel(config: dict) -> None:
     for t in range(20):
         _, state = mixer.step(x[:, t], state)
     for name, parameter in mixer.named_parameters():
+        if name.startswith(("in_proj", "conv1d")):  # the state holds what they made of the past
+            continue
         before = mixer.step(x[:, 20], state.clone())[0]
         parameter.mul_(1.5)
         after, _ = mixer.step(x[:, 20], state.clone())
         assert not torch.equal(before, after), name
         _same(after, mixer(x[:, :21])[0][:, -1])
+
+
+def test_hyena_is_its_equations() -> None:
+    """The kernel lag by lag, then gate * (conv(k v) + D k v) between a short convolution and a projection."""
+    length, width = 12, 5
+    mixer, x = _mixer(kind="hyena", l_max=length, d_filter=width, d_position=5, shift=0.1), _input(2, length)
+    t = torch.arange(length).double()
+    angle = 2 * torch.pi * t / length
+    features = [t / (length - 1), *((1e-4 * angle).cos(), angle.cos()), *(-(1e-4 * angle).sin(), -angle.sin())]
+    _same(mixer.positions, torch.stack(features, 1), 1e-6)  # drawn in float32
+    fast, slow = math.log(0.01) / 0.3, math.log(0.01) / 1.5
+    columns = []
+    for lag in range(length):
+        h = mixer.positions[lag]
+        for layer in mixer.filter[:-1]:
+            h = torch.sin(mixer.frequency * (layer.weight @ h + layer.bias))
+        rate = slow + (fast - slow) * torch.arange(D_MODEL).double() / (D_MODEL - 1)
+        columns.append(mixer.filter[-1].weight @ h * (torch.exp(rate * lag / (length - 1)) + 0.1))
+    kernel = torch.stack(columns, 1)
+    _same(mixer.kernel(), kernel)
+    short = nn.functional.conv1d(
+        mixer.in_proj(x).mT, mixer.conv1d.weight[:, None], mixer.conv1d.bias, padding=2, groups=3 * D_MODEL
+    )
+    g, k, v = short[..., :length].mT.chunk(3, -1)
+    u = k * v
+    y = torch.stack([sum(kernel[:, j] * u[:, i - j] for j in range(i + 1)) for i in range(length)], 1)
+    _same(mixer(x)[0], mixer.out_proj(g * (y + mixer.D * u)), 1e-10)
+    assert mixer.param_groups()[1] == (["positions"], {"weight_decay": 0.0, "lr": 1e-5})
+
+
+def test_memory_has_its_reference_values() -> None:
+    """Two coefficients over a window of four: the numbers of the published code, in a span and in steps."""
+    A_bar, B_bar = _discrete(2, 4.0)
+    assert A_bar.flatten().tolist() == pytest.approx([0.717509, -0.148493, 0.445480, 0.420522], abs=1e-6)
+    assert B_bar.tolist() == pytest.approx([0.282491, -0.445480], abs=1e-6)
+    mixer = _mixer(1, kind="lmu", d_state=2, theta=4.0)
+    with torch.no_grad():
+        mixer.u_proj.weight.fill_(1)
+        mixer.u_proj.bias.fill_(0)
+        x = torch.tensor([1.0, 0, 2, 1]).double().view(1, 4, 1)
+        want = [[0.282491, -0.44548], [0.268841, -0.06149], [0.767008, -0.797055], [0.951184, -0.438973]]
+        state = mixer.initial_state(1)
+        for t in range(4):
+            _, state = mixer.step(x[:, t], state)
+            assert state.memory.flatten().tolist() == pytest.approx(want[t], abs=1e-6)
+            _, whole = mixer(x[:, : t + 1])
+            assert whole.memory.flatten().tolist() == pytest.approx(want[t], abs=1e-6)
+
+
+def test_memory_is_hippo_legt() -> None:
+    """The same system in another basis: coefficients scaled by (-1)^i sqrt(2i + 1), time by theta / 2."""
+    n, theta = 8, 20.0
+    A, B = hippo("legt", n)
+    i = torch.arange(n).double()
+    scale = (-1.0) ** i * torch.sqrt(2 * i + 1)
+    A, B = 2 / theta * scale[:, None] * A / scale, 2 / theta * scale * B
+    A_bar, B_bar = _discrete(n, theta)
+    _same(A_bar, torch.linalg.matrix_exp(A))
+    _same(B_bar, torch.linalg.solve(A, (A_bar - torch.eye(n)) @ B))
+
+
+def test_memory_reads_its_window_back() -> None:
+    """Legendre polynomials over the coefficients give the input of any delay up to theta."""
+    n, theta = 24, 100.0
+    t = torch.arange(300).double()
+    u = 1 + torch.sin(t / 15)
+    A_bar, B_bar = _discrete(n, theta)
+    m = torch.zeros(n, dtype=torch.float64)
+    for value in u:
+        m = A_bar @ m + B_bar * value
+    for delay in (20, 50, 80):
+        legendre = [1.0, 2 * delay / theta - 1]
+        for k in range(1, n - 1):
+            legendre.append(((2 * k + 1) * legendre[1] * legendre[k] - k * legendre[k - 1]) / (k + 1))
+        held = float(u[299 - delay] + u[300 - delay]) / 2  # an input is held for one step
+        assert float(torch.tensor(legendre).double() @ m) == pytest.approx(held, abs=1e-3)
+
+
+def test_memory_made_without_gradients_serves_them_later() -> None:
+    x = _input(1, 5)
+    with torch.inference_mode():
+        _mixer(kind="lmu", d_state=3, theta=11.0)(x)
+    mixer = _mixer(kind="lmu", d_state=3, theta=11.0)
+    mixer(x)[0].sum().backward()
+    assert mixer.u_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize("config", [{"kind": "lmu", "theta": 0.0}, {"kind": "hyena", "d_position": 4}], ids=str)
+def test_bad_lmu_and_hyena_are_refused(config: dict) -> None:
+    with pytest.raises(ConfigError, match=list(config)[-1]):
+        build_mixer(config, D_MODEL)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ class LMU(Mixer[LMUConfig]):
         memory = state.memory
         A_bar, B_bar = _system(self.config.d_state, self.config.theta, memory.dtype, memory.device)
         u = F.relu(self.u_proj(x)).to(memory.dtype)
-        memory.copy_(memory @ A_bar.T + u[..., None] * B_bar)
+        with torch.autocast(x.device.type, enabled=False):
+            memory.copy_(memory @ A_bar.T + u[..., None] * B_bar)
         return self._read(memory.flatten(1), x), state
 
     def _read(self, m: Tensor, x: Tensor) -> Tensor:
@@ -102,9 +103,10 @@ class LMU(Mixer[LMUConfig]):
         """A_bar^(l+1) memory for l < length: (batch, length, n_memory, d_state), a table of powers at a time."""
         powers = _powers(self.config.d_state, self.config.theta, memory.dtype, memory.device)
         parts = []
-        for _ in range(-(-length // len(powers))):
-            parts.append(torch.einsum("lnm,bcm->blcn", powers, memory))
-            memory = parts[-1][:, -1]
+        with torch.autocast(memory.device.type, enabled=False):
+            for _ in range(-(-length // len(powers))):
+                parts.append(torch.einsum("lnm,bcm->blcn", powers, memory))
+                memory = parts[-1][:, -1]
         return torch.cat(parts, 1)[:, :length]
 
     def _last(self, m: Tensor, state: LMUState | None, seq: SequenceInfo | None) -> Tensor:
@@ -131,7 +133,11 @@ class LMU(Mixer[LMUConfig]):
         return batch * self.config.n_memory * self.config.d_state * wide_dtype(self.out_proj.weight).itemsize
 
 
+# Tensors made in inference mode could not serve a backward pass later.
+
+
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _discrete(n: int, theta: float) -> tuple[Tensor, Tensor]:
     """A_bar (n, n) and B_bar (n,), float64 on the CPU."""
     i = torch.arange(n, dtype=torch.float64)
@@ -145,12 +151,14 @@ def _discrete(n: int, theta: float) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def _system(n: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     A_bar, B_bar = _discrete(n, theta)
     return A_bar.to(device, dtype), B_bar.to(device, dtype)
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _responses(n: int, theta: float, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A_bar^l B_bar for l < length, (n, length), by doubling."""
     power, B_bar = _discrete(n, theta)
@@ -162,6 +170,7 @@ def _responses(n: int, theta: float, length: int, dtype: torch.dtype, device: to
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _powers(n: int, theta: float, dtype: torch.dtype, device: torch.device, count: int = 32) -> Tensor:
     """A_bar^(l+1) for l < count, (count, n, n)."""
     A_bar, _ = _discrete(n, theta)
