@@ -64,9 +64,25 @@ VARIANTS: dict[str, list[dict]] = {
         {"d_state": 8, "discretization": "bilinear", "C_init": "complex_normal", "output": "half_glu2", "rate": 2.0},
         {"d_state": 8, "C_init": "lecun_normal", "clip_eigs": True, "output": "glu"},
     ],
+    "dss": [{"d_state": 6}, {"d_state": 4, "version": "softmax", "l_max": 50, "n_ssm": 2, "rate": 0.5}],
+    "sgconv": [
+        {"l_max": 40, "kernel_dim": 5},
+        {"l_max": 13, "kernel_dim": 2, "init_scale": 1, "kernel_init": "cos", "decay_max": 3.0, "output": "linear"},
+        {"l_max": 33, "kernel_dim": 8, "combine": "sum", "decay": "power", "interpolation": "nearest"},
+        {"l_max": 9, "kernel_dim": 1, "decay": "fixed_power", "decay_min": 1.0},
+    ],
+    "mega": [
+        {"d_state": 4, "d_qk": 6, "chunk_size": 8},
+        {"d_state": 2, "d_qk": 4, "chunk_size": 3, "d_hidden": 10},
+        {"d_state": 3, "d_qk": 4, "chunk_size": None},
+        {"d_state": 2, "d_qk": 5, "chunk_size": 7, "scores": "laplace", "bias": "simple"},
+        {"d_state": 2, "d_qk": 4, "chunk_size": None, "scores": "relu2", "bias": "simple", "max_positions": 80},
+    ],
+    "hyena": [{"l_max": 50, "d_filter": 8}, {"l_max": 11, "d_filter": 6, "d_position": 5, "d_conv": 4, "shift": 0.05}],
+    "lmu": [{"d_state": 6, "theta": 10.0}, {"d_state": 5, "theta": 30.0, "n_memory": 3, "d_hidden": 12}],
 }
 # Convolved through transforms, whose rounding reaches every position.
-TRANSFORMED = {"s4", "s4d"}
+TRANSFORMED = {"s4", "s4d", "dss", "sgconv", "mega", "hyena", "lmu"}
 ROWS = [pytest.param({"kind": kind, **v}, id=f"{kind}{i}") for kind in MIXERS for i, v in enumerate(VARIANTS[kind])]
 every = pytest.mark.parametrize("config", ROWS)
 

@@ -12,19 +12,24 @@ from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
 from seqlib.mixers.compose import Sum
 from seqlib.mixers.deltanet import DeltaNet
+from seqlib.mixers.dss import DSS
 from seqlib.mixers.gated_conv import GatedConv
 from seqlib.mixers.gated_deltanet import GatedDeltaNet
 from seqlib.mixers.gla import GLA
+from seqlib.mixers.hyena import Hyena
 from seqlib.mixers.kda import KDA
 from seqlib.mixers.lightning import Lightning
 from seqlib.mixers.linear_transformer import LinearTransformer
+from seqlib.mixers.lmu import LMU
 from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
+from seqlib.mixers.mega import Mega
 from seqlib.mixers.retnet import RetNet
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
+from seqlib.mixers.sgconv import SGConv
 from seqlib.mixers.transnormer import DiagAttention, TransNormer
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config", "sized"]
@@ -38,6 +43,11 @@ MIXERS: dict[str, type[Mixer]] = {
     "s4d": S4D,
     "lru": LRU,
     "s5": S5,
+    "dss": DSS,
+    "sgconv": SGConv,
+    "mega": Mega,
+    "hyena": Hyena,
+    "lmu": LMU,
     "lightning": Lightning,
     "retnet": RetNet,
     "linear_transformer": LinearTransformer,

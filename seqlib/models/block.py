@@ -36,17 +36,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: State | None, seq: SequenceInfo | None) -> tuple[Tensor, State]:
         x, inner = self._enter(x, self.norm)
-        y, state = self.mixer(inner, state, seq)
+        y, state = self.mixer(inner, state, seq, **self._residual(x))
         return self._mlp(self._mixed(x, y)), state
 
     @torch.no_grad()
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         x, inner = self._enter(x, self.norm)
-        y, state = self.mixer.step(inner, state)
+        y, state = self.mixer.step(inner, state, **self._residual(x))
         return self._mlp(self._mixed(x, y)), state
 
     def _mixed(self, x: Tensor, y: Tensor) -> Tensor:
         return self._leave(x, y, self.norm, self.block.mixer_skip, self.block.mixer_scale)
+
+    def _residual(self, x: Tensor) -> dict[str, Tensor]:
+        return {"residual": x} if self.mixer.takes_residual else {}
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.mlp is None or self.mlp_norm is None:
