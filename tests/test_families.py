@@ -79,8 +79,9 @@ def test_written_back_every_bit_is_there(case: str, opened, tmp_path) -> None:
     _, folder, model = opened(case)
     seqlib.export(model, PORTS[case][0], tmp_path)
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    assert before.keys() == after.keys()
-    for name, weight in before.items():
-        assert torch.equal(weight, after[name]), name
+    constants = {name for name in before if name.endswith(("slope_rate", "_decay"))}  # MiniMax stores them
+    assert before.keys() - constants == after.keys()
+    for name, weight in after.items():
+        assert torch.equal(weight, before[name]), name
     again = seqlib.from_pretrained(tmp_path, match="transformers")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))

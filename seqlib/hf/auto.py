@@ -114,7 +114,6 @@ def export(model: nn.Module, layout: str, directory: str | Path, *, max_shard_si
         parts = [part for part in parts if part.ours != (convert.HEAD,)]
     else:
         ours[convert.HEAD] = model.lm_head.weight
-    parts = [part for part in parts if all(name in ours for name in part.ours)]
     dtype = model.model.embed_tokens.weight.dtype
     written = {
         name: tensor.to("cpu", torch.float32 if _starred(name) in wide else dtype).clone()

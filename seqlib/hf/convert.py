@@ -35,34 +35,34 @@ def fit(
     Raises:
         CheckpointMismatch: what is missing, left over or of another shape, all by name.
     """
-    used, covered, missing, misshapen = set(), set(), [], []
-    found = []
+    found: dict[tuple[str, ...], Part] = {}
+    missing: dict[tuple[str, ...], list[str]] = {}
+    used, misshapen = set(), []
     for part in parts:
-        if not all(name in ours for name in part.ours):
+        if part.ours in found or not all(name in ours for name in part.ours):
             continue
-        covered.update(part.ours)
         names = tuple(next((n for n in t.split("|") if n in theirs), t.split("|")[0]) for t in part.theirs)
         absent = [name for name in names if name not in theirs]
         if absent:
-            missing += absent
+            missing.setdefault(part.ours, absent)
             continue
         used.update(names)
-        part = dataclasses.replace(part, theirs=names)
-        found.append(part)
+        found[part.ours] = part = dataclasses.replace(part, theirs=names)
         for name, wanted in zip(names, _shapes(part, [ours[name] for name in part.ours])):
             if tuple(theirs[name]) != wanted:
                 misshapen.append(f"{name} {tuple(theirs[name])} for {wanted}")
+    placed = {name for names in (*found, *missing) for name in names}
     left = [name for name in theirs if name not in used and not any(re.search(p, name) for p in ignored)]
     problems = {
-        "missing": missing,
+        "missing": [name for key, names in missing.items() if key not in found for name in names],
         "not part of the model": left,
         "of another shape": misshapen,
-        "without a place in this layout": [name for name in ours if name not in covered],
+        "without a place in this layout": [name for name in ours if name not in placed],
     }
     told = [f"{what}: {_some(sorted(names))}" for what, names in problems.items() if names]
     if told:
         raise CheckpointMismatch(f"{source} does not fit its config; {'; '.join(told)}")
-    return found
+    return list(found.values())
 
 
 def read(parts: Iterable[Part], ours: Mapping[str, Tensor], get: Callable[[str], Tensor]) -> None:
@@ -88,7 +88,11 @@ def write(parts: Iterable[Part], ours: Mapping[str, Tensor]) -> Iterator[tuple[s
     Raises:
         CheckpointMismatch: ours have moved where the layout has no place for them.
     """
+    written: set[tuple[str, ...]] = set()
     for part in parts:
+        if part.ours in written or not all(name in ours for name in part.ours):
+            continue
+        written.add(part.ours)
         mine = [ours[name].detach() for name in part.ours]
         if part.value is not None:
             if any(bool((tensor != part.value).any()) for tensor in mine):
@@ -121,8 +125,10 @@ def _shapes(part: Part, mine: list[Tensor]) -> list[tuple[int, ...]]:
     """The shape of each of theirs."""
     if not part.theirs:
         return []
-    width, total = _width(mine[0]), sum(tensor.numel() for tensor in mine)
     count = len(part.theirs)
+    if count == len(mine) == 1 and part.tail is None:
+        return [tuple(mine[0].shape)]
+    width, total = _width(mine[0]), sum(tensor.numel() for tensor in mine)
     sizes = [total // count] * count if part.shares is None else [share * width for share in part.shares]
     tail = part.tail if part.tail is not None else (() if mine[0].dim() == 1 else (width,))
     if -1 in tail:

@@ -18,7 +18,21 @@ from transformers import AutoConfig
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.configuration import SeqlibConfig
 
-__all__ = ["Family", "Part", "Values", "conv", "expect", "ids", "layer", "ported", "rows", "top"]
+__all__ = [
+    "Family",
+    "Names",
+    "Part",
+    "Values",
+    "conv",
+    "expect",
+    "ids",
+    "layer",
+    "linear",
+    "ported",
+    "rows",
+    "top",
+    "within",
+]
 
 Values = Mapping[str, Any]
 
@@ -52,7 +66,8 @@ class Family:
     Args:
         name: what `seqlib.export` calls it.
         config: their config, and whether to match "authors" or "transformers" where those differ -> SeqlibConfig fields.
-        parts: their config and ours -> correspondences; those of which we have no tensor are passed over.
+        parts: their config and ours -> correspondences; those of which we have no tensor are passed over, and of
+            several for the same tensors of ours the first that the file has counts. The first of all is written.
         matches: whether a config.json is of this family.
         defaults: their config with every field that counts; files may leave some out.
         known: fields of their config that change nothing here; other unknown ones are refused.
@@ -110,27 +125,41 @@ def top(embeddings: str, norm: str, head: str = "lm_head.weight") -> Iterator[Pa
     yield Part(("lm_head.weight",), (head,))
 
 
-def layer(index: int, prefix: str, names: Mapping[str, str | Part]) -> Iterator[Part]:
-    """Correspondences within one layer: our names within it to theirs, or to a `Part` in such names."""
-    ours = f"model.backbone.layers.{index}."
-    for name, theirs in names.items():
-        part = theirs if isinstance(theirs, Part) else Part((name,), (theirs,))
-        yield Part(
-            tuple(ours + n for n in part.ours),
-            tuple("|".join(prefix + n for n in t.split("|")) for t in part.theirs),
-            part.order,
-            part.shares,
-            part.tail,
-            part.value,
+Names = Mapping[str, "str | Part"]
+"""Our names to theirs, or to a `Part` in such names (its key then only names the entry)."""
+
+
+def within(ours: str, theirs: str, names: Names) -> dict[str, str | Part]:
+    """`names` with both sides prefixed."""
+    made: dict[str, str | Part] = {}
+    for name, given in names.items():
+        part = given if isinstance(given, Part) else Part((name,), (given,))
+        made[ours + name] = dataclasses.replace(
+            part,
+            ours=tuple(ours + n for n in part.ours),
+            theirs=tuple("|".join(theirs + n for n in t.split("|")) for t in part.theirs),
         )
+    return made
 
 
-def conv(ours: str, *theirs: str, shares: Sequence[int] | None = None) -> dict[str, str | Part]:
-    """Weight and bias of a short convolution, stored as (channels, 1, width)."""
+def layer(index: int, prefix: str, *names: Names) -> Iterator[Part]:
+    """Correspondences within one layer; their names begin with `prefix`."""
+    for group in names:
+        yield from within(f"model.backbone.layers.{index}.", prefix, group).values()  # type: ignore[misc]
+
+
+def linear(*names: str, **renamed: str) -> dict[str, str | Part]:
+    """Weights and biases of layers called `names` on both sides, or ours=theirs."""
+    pairs = {**dict.fromkeys(names), **renamed}
+    return {f"{our}.{leaf}": f"{their or our}.{leaf}" for our, their in pairs.items() for leaf in ("weight", "bias")}
+
+
+def conv(*theirs: str, shares: Sequence[int] | None = None) -> dict[str, str | Part]:
+    """Weight and bias of `conv1d`, stored as (channels, 1, width)."""
     rows = None if shares is None else tuple(shares)
     return {
-        f"{ours}.weight": Part((f"{ours}.weight",), tuple(f"{t}.weight" for t in theirs), shares=rows, tail=(1, -1)),
-        f"{ours}.bias": Part((f"{ours}.bias",), tuple(f"{t}.bias" for t in theirs), shares=rows),
+        "conv1d.weight": Part(("conv1d.weight",), tuple(f"{t}.weight" for t in theirs), shares=rows, tail=(1, -1)),
+        "conv1d.bias": Part(("conv1d.bias",), tuple(f"{t}.bias" for t in theirs), shares=rows),
     }
 
 

@@ -12,32 +12,39 @@ from typing import Any
 
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.configuration import SeqlibConfig
-from seqlib.hf.families.base import Family, Part, Values, conv, expect, ids, layer, ported, rows, top
+from seqlib.hf.families.base import (
+    Family,
+    Names,
+    Part,
+    Values,
+    conv,
+    expect,
+    ids,
+    layer,
+    linear,
+    ported,
+    rows,
+    top,
+    within,
+)
 
 __all__ = ["FAMILIES"]
 
-MAMBA: dict[str, str | Part] = {
-    "mixer.in_proj.weight": "in_proj.weight",
-    "mixer.in_proj.bias": "in_proj.bias",
-    **conv("mixer.conv1d", "conv1d"),
-    "mixer.x_proj.weight": "x_proj.weight",
-    "mixer.dt_proj.weight": "dt_proj.weight",
-    "mixer.dt_bias": "dt_proj.bias",
-    "mixer.A_log": "A_log",
-    "mixer.D": "D",
-    "mixer.out_proj.weight": "out_proj.weight",
-    "mixer.out_proj.bias": "out_proj.bias",
+MAMBA: Names = {
+    **linear("in_proj", "x_proj", "out_proj"),
+    **conv("conv1d"),
+    "dt_proj.weight": "dt_proj.weight",
+    "dt_bias": "dt_proj.bias",
+    "A_log": "A_log",
+    "D": "D",
 }
-MAMBA2: dict[str, str | Part] = {
-    "mixer.in_proj.weight": "in_proj.weight",
-    "mixer.in_proj.bias": "in_proj.bias",
-    **conv("mixer.conv1d", "conv1d"),
-    "mixer.dt_bias": "dt_bias",
-    "mixer.A_log": "A_log",
-    "mixer.D": Part(("mixer.D",), ("D",), tail=()),
-    "mixer.norm_weight": "norm.weight",
-    "mixer.out_proj.weight": "out_proj.weight",
-    "mixer.out_proj.bias": "out_proj.bias",
+MAMBA2: Names = {
+    **linear("in_proj", "out_proj"),
+    **conv("conv1d"),
+    "dt_bias": "dt_bias",
+    "A_log": "A_log",
+    "D": Part(("D",), ("D",), tail=()),
+    "norm_weight": "norm.weight",
 }
 _TOP = ("backbone.embedding.weight|backbone.embeddings.weight", "backbone.norm_f.weight")
 _TOP_HF = ("backbone.embeddings.weight|backbone.embedding.weight", "backbone.norm_f.weight")
@@ -81,8 +88,7 @@ def _hf_parts(v: Values, config: SeqlibConfig) -> Iterator[Part]:
     yield from top(*_TOP_HF)
     names = MAMBA2 if v["model_type"] == "mamba2" else MAMBA
     for i in range(config.n_layer):
-        yield from layer(i, f"backbone.layers.{i}.", {"norm.weight": "norm.weight"})
-        yield from layer(i, f"backbone.layers.{i}.mixer.", names)
+        yield from layer(i, f"backbone.layers.{i}.", {"norm.weight": "norm.weight"}, within("mixer.", "mixer.", names))
 
 
 def _hf_write(kind: str, config: SeqlibConfig) -> dict[str, Any]:
@@ -227,18 +233,16 @@ def _original_parts(v: Values, config: SeqlibConfig) -> Iterator[Part]:
         **rows(("mlp.up_proj.weight", "mlp.gate_proj.weight"), "mlp.fc1.weight"),
         "mlp.down_proj.weight": "mlp.fc2.weight",
     }
-    qkv = ("q_proj", "k_proj", "v_proj")
-    attention = {
-        **rows([f"mixer.{n}.weight" for n in qkv], "in_proj.weight"),
-        **rows([f"mixer.{n}.bias" for n in qkv], "in_proj.bias"),
-        **conv("mixer.conv1d", "conv1d"),
-        "mixer.o_proj.weight": "out_proj.weight",
-        "mixer.o_proj.bias": "out_proj.bias",
+    attention: Names = {
+        **rows(("q_proj.weight", "k_proj.weight", "v_proj.weight"), "in_proj.weight"),
+        **rows(("q_proj.bias", "k_proj.bias", "v_proj.bias"), "in_proj.bias"),
+        **conv("conv1d"),
+        **linear(o_proj="out_proj"),
     }
     by_kind = {"mamba": MAMBA, "mamba2": MAMBA2, "attention": attention, "conv_attention": attention}
     for i, name in enumerate(config.backbone.layer_pattern):
-        yield from layer(i, f"backbone.layers.{i}.", around)
-        yield from layer(i, f"backbone.layers.{i}.mixer.", by_kind[config.backbone.mixers[name].kind])
+        mixer = by_kind[config.backbone.mixers[name].kind]
+        yield from layer(i, f"backbone.layers.{i}.", around, within("mixer.", "mixer.", mixer))
 
 
 def _original_write(config: SeqlibConfig) -> dict[str, Any]:
@@ -285,8 +289,8 @@ def _codestral_config(v: Values, match: str) -> dict[str, Any]:
 def _codestral_parts(v: Values, config: SeqlibConfig) -> Iterator[Part]:
     yield from top("model.backbone.embedding.weight", "model.backbone.norm_f.weight", "model.lm_head.weight")
     for i in range(config.n_layer):
-        yield from layer(i, f"model.backbone.layers.{i}.", {"norm.weight": "norm.weight"})
-        yield from layer(i, f"model.backbone.layers.{i}.mixer.", MAMBA2)
+        mixer = within("mixer.", "mixer.", MAMBA2)
+        yield from layer(i, f"model.backbone.layers.{i}.", {"norm.weight": "norm.weight"}, mixer)
 
 
 def _hf(name: str, kind: str, **options: Any) -> Family:
