@@ -10,7 +10,9 @@ from seqlib.errors import ConfigError
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
+from seqlib.mixers.channel import Channel
 from seqlib.mixers.compose import Sum
+from seqlib.mixers.conv_attention import ConvAttention
 from seqlib.mixers.deltanet import DeltaNet
 from seqlib.mixers.dss import DSS
 from seqlib.mixers.gated_conv import GatedConv
@@ -37,6 +39,8 @@ __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config", "siz
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "sliding_attention": SlidingAttention,
+    "conv_attention": ConvAttention,
+    "channel": Channel,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "s4": S4,

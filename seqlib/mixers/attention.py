@@ -140,7 +140,15 @@ class Attention(Mixer[AttentionConfig]):
         self, x: Tensor, state: KVState | None = None, seq: SequenceInfo | None = None
     ) -> tuple[Tensor, KVState]:
         self.check(x, seq)
-        q, k, v = self._heads(x, state, seq)
+        return self._attend(x, self._qkv(x), state, seq)
+
+    def step(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
+        return self._attend_once(x, self._qkv(x[:, None]), state)
+
+    def _attend(
+        self, x: Tensor, qkv: tuple[Tensor, ...], state: KVState | None, seq: SequenceInfo | None
+    ) -> tuple[Tensor, KVState]:
+        q, k, v = self._heads(qkv, x, state, seq)
         c = self.config
         y, state = attention(
             q, k, v, window=c.window, causal=c.causal, scale=c.scale, state=state, seq=seq,
@@ -148,18 +156,23 @@ class Attention(Mixer[AttentionConfig]):
         )  # fmt: skip
         return self._out(y, x), state
 
-    def step(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
+    def _attend_once(self, x: Tensor, qkv: tuple[Tensor, ...], state: KVState) -> tuple[Tensor, KVState]:
         if not self.config.causal:
             raise UnsupportedInput(f"{self.config.kind} with causal=False cannot decode token by token")
         if self.config.window is None and x.device.type == "cpu" and int(state.length.max()) >= state.capacity:
             state = state.reserve(max(16, 2 * state.capacity))
-        q, k, v = (t.squeeze(1) for t in self._heads(x[:, None], state, None))
+        q, k, v = (t.squeeze(1) for t in self._heads(qkv, x[:, None], state, None))
         y = attention_step(q, k, v, state, window=self.config.window, scale=self.config.scale)
         return self._out(y, x), state
 
-    def _heads(self, x: Tensor, state: KVState | None, seq: SequenceInfo | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def _heads(
+        self, qkv: tuple[Tensor, ...], x: Tensor, state: KVState | None, seq: SequenceInfo | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (batch, seqlen, heads, headdim), rotated, in the dtype of the state where there is one."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = qkv
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (
                 norm(t if self.config.qk_norm_joint else t.unflatten(-1, (-1, self.headdim))).view_as(t)
