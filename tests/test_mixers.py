@@ -37,7 +37,15 @@ VARIANTS: dict[str, list[dict]] = {
     "kda": [{"nheads": 4, "headdim": 8}, {"nheads": 2, "headdim": 6, "lower_bound": -5.0, "gate_rank": 4}],
     "gated_conv": [{}, {"d_conv": 4, "expand": 1, "bias": False, "conv_bias": False}],
     "transnormer": [{"nheads": 4}, {"nheads": 2, "feature_map": "elu"}],
-    "diag_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True}],
+    "diag_attention": [
+        {"nheads": 4, "window": 8},
+        {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True},
+        {"nheads": 2, "window": 4, "forget_gate": True},
+    ],
+    "path": [
+        {"nheads": 2},
+        {"nheads": 4, "nheads_kv": 2, "w_rank": None, "d_conv": 2, "forget_gate": True, "qk_norm": True},
+    ],
     "sum": [
         {"mixers": [{"kind": "attention", "nheads": 2}, {"kind": "mamba2", "headdim": 16, "d_state": 4}]},
         {
@@ -45,8 +53,17 @@ VARIANTS: dict[str, list[dict]] = {
             "gate": True,
         },
     ],
-    "attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "qk_norm": True}, {"nheads": 2, "rotary": False}],
-    "sliding_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3}],
+    "attention": [
+        {"nheads": 4},
+        {"nheads": 4, "nheads_kv": 2, "qk_norm": True},
+        {"nheads": 2, "rotary": False},
+        {"nheads": 4, "nheads_kv": 2, "forget_gate": True},
+    ],
+    "sliding_attention": [
+        {"nheads": 4, "window": 8},
+        {"nheads": 2, "nheads_kv": 1, "window": 3},
+        {"nheads": 4, "window": 5, "forget_gate": True},
+    ],
     "s4": [
         {"d_state": 8, "l_max": 70},
         {"d_state": 4, "l_max": 16, "init": "legt", "n_ssm": 4, "rate": 0.5},

@@ -27,6 +27,7 @@ from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.mega import Mega
+from seqlib.mixers.path import Path
 from seqlib.mixers.retnet import RetNet
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
@@ -63,6 +64,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
+    "path": Path,
     "sum": Sum,
 }
 
