@@ -126,7 +126,10 @@ class Hyena(Mixer[HyenaConfig]):
 
     def kernel(self) -> Tensor:
         """(d_model, l_max) float32 (float64 for float64 parameters)."""
-        return self._kept("kernel", None, [self.positions, self.frequency, *self.filter.parameters()], self._make)
+        return self._kept("kernel", None, self._sources(), self._make)
+
+    def _sources(self) -> list[Tensor]:
+        return [self.positions, self.frequency, *self.filter.parameters()]
 
     def _make(self) -> Tensor:
         c, h = self.config, wide(self.positions)
@@ -158,8 +161,7 @@ class Hyena(Mixer[HyenaConfig]):
         return self.out_proj(g * y), HyenaState(conv, InputsState(inputs))
 
     def step(self, x: Tensor, state: HyenaState) -> tuple[Tensor, HyenaState]:
-        kernel = self.kernel()
-        online = self._kept("online", None, [kernel, self.D], lambda: OnlineConv(kernel, self.D))
+        online = self._kept("online", None, [*self._sources(), self.D], lambda: OnlineConv(self.kernel(), self.D))
         g, k, v = self.conv1d.step(self.in_proj(x), state.conv).chunk(3, -1)
         return self.out_proj(g * state.stream.step(k * v, online)), state
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -144,10 +143,10 @@ class SGConv(Mixer[SGConvConfig]):
 
     def kernel(self) -> Tensor:
         """(directions, d_model, length) float32 (float64 for float64 parameters)."""
-        sources: Sequence[Tensor] = [self.kernels, self.kernel_norm]
-        if self.config.decay != "scale":
-            sources = [*sources, self.powers]
-        return self._kept("kernel", None, sources, lambda: self._whole() / wide(self.kernel_norm))
+        return self._kept("kernel", None, self._sources(), lambda: self._whole() / wide(self.kernel_norm))
+
+    def _sources(self) -> list[Tensor]:
+        return [self.kernels, self.kernel_norm, *([] if self.config.decay == "scale" else [self.powers])]
 
     def _whole(self) -> Tensor:
         c, scales = self.config, wide(self.kernels)
@@ -184,8 +183,7 @@ class SGConv(Mixer[SGConvConfig]):
         return self.readout(y), InputsState(inputs)
 
     def step(self, x: Tensor, state: InputsState) -> tuple[Tensor, InputsState]:
-        kernel = self.kernel()
-        conv = self._kept("online", None, [kernel, self.D], lambda: OnlineConv(kernel[0], self.D))
+        conv = self._kept("online", None, [*self._sources(), self.D], lambda: OnlineConv(self.kernel()[0], self.D))
         return self.readout(state.step(x, conv)), state
 
     def initial_state(
