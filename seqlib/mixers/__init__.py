@@ -15,11 +15,15 @@ from seqlib.mixers.compose import Sum
 from seqlib.mixers.conv_attention import ConvAttention
 from seqlib.mixers.deltanet import DeltaNet
 from seqlib.mixers.dss import DSS
+from seqlib.mixers.compose import Sum, SumConfig
+from seqlib.mixers.deltanet import DeltaNet
+from seqlib.mixers.fnet import FNet
 from seqlib.mixers.gated_conv import GatedConv
 from seqlib.mixers.gated_deltanet import GatedDeltaNet
 from seqlib.mixers.gla import GLA
 from seqlib.mixers.hyena import Hyena
 from seqlib.mixers.kda import KDA
+from seqlib.mixers.learned_positions import LearnedPositions
 from seqlib.mixers.lightning import Lightning
 from seqlib.mixers.linear_transformer import LinearTransformer
 from seqlib.mixers.lmu import LMU
@@ -28,6 +32,12 @@ from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.mega import Mega
 from seqlib.mixers.path import Path
+from seqlib.mixers.low_rank import Linformer, Luna, Nystromformer
+from seqlib.mixers.lru import LRU
+from seqlib.mixers.mamba import Mamba
+from seqlib.mixers.mamba2 import Mamba2
+from seqlib.mixers.pattern import BigBird, Longformer, SparseAttention
+from seqlib.mixers.performer import Performer
 from seqlib.mixers.retnet import RetNet
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
@@ -36,6 +46,11 @@ from seqlib.mixers.sgconv import SGConv
 from seqlib.mixers.transnormer import DiagAttention, TransNormer
 
 __all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config", "sized"]
+from seqlib.mixers.sorted_blocks import LocalAttention, Reformer, Sinkhorn
+from seqlib.mixers.synthesizer import Synthesizer
+from seqlib.mixers.transnormer import DiagAttention, TransNormer
+
+__all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "looks_ahead", "mixer_config"]
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
@@ -66,6 +81,19 @@ MIXERS: dict[str, type[Mixer]] = {
     "kda": KDA,
     "path": Path,
     "sum": Sum,
+    "learned_positions": LearnedPositions,
+    "local_attention": LocalAttention,
+    "longformer": Longformer,
+    "bigbird": BigBird,
+    "sparse_attention": SparseAttention,
+    "linformer": Linformer,
+    "nystromformer": Nystromformer,
+    "luna": Luna,
+    "performer": Performer,
+    "reformer": Reformer,
+    "sinkhorn": Sinkhorn,
+    "synthesizer": Synthesizer,
+    "fnet": FNet,
 }
 
 
@@ -87,6 +115,15 @@ def mixer_config(values: Mapping[str, Any] | MixerConfig) -> MixerConfig:
     if unknown:
         raise ConfigError(f"{kind} has no field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     return cls(**fields)
+
+
+def looks_ahead(values: Mapping[str, Any] | MixerConfig) -> bool:
+    """Whether the mixer of a config reads what follows, so that it has no state and cannot predict the next token."""
+    config = mixer_config(values)
+    if isinstance(config, SumConfig):
+        return any(looks_ahead(part) for part in config.mixers)
+    only = "initial_state" not in MIXERS[config.kind].supports
+    return only or not getattr(config, "causal", True) or getattr(config, "bidirectional", False)
 
 
 def build_mixer(
