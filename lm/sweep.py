@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.mixers import MIXERS, mixer_config, sized
+from seqlib.mixers import MIXERS, looks_ahead, mixer_config, sized
 
 from .corpus import Corpus
 from .data import load_tokenizer, tokenize
@@ -25,7 +25,7 @@ from .train import DataSpec, build_model, open_run, resume, train
 __all__ = ["equal_recipes", "run_sweep", "sweep_table"]
 
 _WINDOW = 64  # of windowed mixers, so that rows of a few hundred tokens are longer
-_COMPOSED = ("sum",)  # made of other mixers, which a user has to name
+_PARTS = ("sum", "channel", "learned_positions")  # no mixers of their own, or of mixers that a user has to name
 _STATE_AT = 4096  # tokens after which the size of the state is told
 
 
@@ -43,7 +43,7 @@ def equal_recipes(recipe: Recipe, wanted: Sequence[str] | None = None) -> dict[s
     mlp = dict(recipe.mlp or {})
     target = _size(_with(recipe, "attention", {"kind": "attention"}, mlp))
     found = {}
-    for text in wanted or [kind for kind in MIXERS if kind not in _COMPOSED]:
+    for text in wanted or _alone():
         config = json.loads(text) if text.startswith("{") else {"kind": text}
         shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for k, v in config.items())
         config = mixer_config(config).to_dict()
@@ -53,6 +53,10 @@ def equal_recipes(recipe: Recipe, wanted: Sequence[str] | None = None) -> dict[s
             raise ConfigError(f"{shown} alone has more than the {target:,} parameters of the whole; raise mlp.d_mlp")
         found[shown] = _with(recipe, shown, config, mlp | {"d_mlp": width})
     return found
+
+
+def _alone() -> list[str]:
+    return [kind for kind in MIXERS if kind not in _PARTS and not looks_ahead({"kind": kind})]
 
 
 def _with(recipe: Recipe, name: str, config: Mapping[str, Any], mlp: Mapping[str, Any]) -> Recipe:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.mixers import MIXERS, mixer_config, sized
+from seqlib.mixers import mixer_config, sized
 
 from .evaluate import score_recall
 from .recall import get_recall, make_batch
@@ -103,7 +103,7 @@ def run_suite(
     if tier not in TIERS:
         raise ConfigError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
     plan = TIERS[tier]
-    configs = named_mixers(mixers or _DEFAULT, plan.d_model)
+    configs = named_mixers(mixers or list(MIXERS), plan.d_model)
     limit = 60 * (plan.minutes if minutes is None else minutes)
     begun = time.perf_counter()
     rows: list[dict[str, Any]] = []

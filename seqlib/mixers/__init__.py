@@ -11,12 +11,10 @@ from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
 from seqlib.mixers.channel import Channel
-from seqlib.mixers.compose import Sum
+from seqlib.mixers.compose import Sum, SumConfig
 from seqlib.mixers.conv_attention import ConvAttention
 from seqlib.mixers.deltanet import DeltaNet
 from seqlib.mixers.dss import DSS
-from seqlib.mixers.compose import Sum, SumConfig
-from seqlib.mixers.deltanet import DeltaNet
 from seqlib.mixers.fnet import FNet
 from seqlib.mixers.gated_conv import GatedConv
 from seqlib.mixers.gated_deltanet import GatedDeltaNet
@@ -27,15 +25,12 @@ from seqlib.mixers.learned_positions import LearnedPositions
 from seqlib.mixers.lightning import Lightning
 from seqlib.mixers.linear_transformer import LinearTransformer
 from seqlib.mixers.lmu import LMU
+from seqlib.mixers.low_rank import Linformer, Luna, Nystromformer
 from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.mega import Mega
 from seqlib.mixers.path import Path
-from seqlib.mixers.low_rank import Linformer, Luna, Nystromformer
-from seqlib.mixers.lru import LRU
-from seqlib.mixers.mamba import Mamba
-from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.pattern import BigBird, Longformer, SparseAttention
 from seqlib.mixers.performer import Performer
 from seqlib.mixers.retnet import RetNet
@@ -43,14 +38,11 @@ from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
 from seqlib.mixers.sgconv import SGConv
-from seqlib.mixers.transnormer import DiagAttention, TransNormer
-
-__all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "mixer_config", "sized"]
 from seqlib.mixers.sorted_blocks import LocalAttention, Reformer, Sinkhorn
 from seqlib.mixers.synthesizer import Synthesizer
 from seqlib.mixers.transnormer import DiagAttention, TransNormer
 
-__all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "looks_ahead", "mixer_config"]
+__all__ = ["MIXERS", "Mixer", "MixerConfig", "build_mixer", "looks_ahead", "mixer_config", "sized"]
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,

@@ -171,7 +171,8 @@ class Attention(Mixer[AttentionConfig]):
     def _attend_once(self, x: Tensor, qkv: tuple[Tensor, ...], state: KVState) -> tuple[Tensor, KVState]:
         if not self.config.causal:
             raise UnsupportedInput(f"{self.config.kind} with causal=False cannot decode token by token")
-        if self.config.window is None and x.device.type == "cpu" and int(state.length.max()) >= state.capacity:
+        looks = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and self.config.window is None and int(state.length.max()) >= state.capacity:
             state = state.reserve(max(16, 2 * state.capacity))
         q, k, v = (t.squeeze(1) for t in self._heads(qkv, x[:, None], state, None))
         c = self.config

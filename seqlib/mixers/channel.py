@@ -22,7 +22,7 @@ class ChannelConfig(MixerConfig):
     """Hyperparameters of `Channel`."""
 
     kind: str = "channel"
-    mlp: MLPConfig | None = MLPConfig()
+    mlp: MLPConfig | None = MLPConfig()  # noqa: RUF009
     """An MLP or experts, as a config or as plain values."""
 
     def __post_init__(self) -> None:
