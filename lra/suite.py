@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.mixers import mixer_config, sized
+from seqlib.mixers import MIXERS, mixer_config, sized
 
 from .evaluate import score_recall
 from .recall import get_recall, make_batch
