@@ -47,6 +47,8 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True},
         {"nheads": 2, "window": 4, "forget_gate": True},
     ],
+    "conv_attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "d_conv": 3, "bias": True}],
+    "channel": [{}, {"mlp": {"nexperts": 4, "top_k": 2, "d_mlp": 16, "d_shared": 8}}],
     "path": [
         {"nheads": 2},
         {"nheads": 4, "nheads_kv": 2, "w_rank": None, "d_conv": 2, "forget_gate": True, "qk_norm": True},
