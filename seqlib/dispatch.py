@@ -71,6 +71,7 @@ class Impl:
         grad: whether it is differentiable.
         refuses: features it does not support.
         by_name_only: never chosen by auto.
+        auto_limits: as `limits`, for a row that takes the call but is the slower one; a form asked for by name runs.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Impl:
     grad: bool = True
     refuses: frozenset[str] = frozenset()
     by_name_only: bool = False
+    auto_limits: Callable[[Facts], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -264,9 +266,10 @@ def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None
     missing = impl.refuses & facts.features
     if missing:
         return quiet(f"does not support {', '.join(sorted(missing))}")
-    reason = impl.limits(facts) if impl.limits else None
-    if reason:
-        return quiet(reason)
+    for limits in (impl.limits, impl.auto_limits if form == "auto" else None):
+        reason = limits(facts) if limits else None
+        if reason:
+            return quiet(reason)
     for need in impl.needs:
         reason = _probe(need)
         if reason:
