@@ -104,7 +104,7 @@ def run_suite(
     if tier not in TIERS:
         raise ConfigError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
     plan = TIERS[tier]
-    configs = named_mixers(mixers or _DEFAULT, plan.d_model)
+    configs = named_mixers(mixers or list(MIXERS), plan.d_model)
     limit = 60 * (plan.minutes if minutes is None else minutes)
     begun = time.perf_counter()
     rows: list[dict[str, Any]] = []
