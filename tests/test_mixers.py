@@ -42,7 +42,17 @@ VARIANTS: dict[str, list[dict]] = {
     "kda": [{"nheads": 4, "headdim": 8}, {"nheads": 2, "headdim": 6, "lower_bound": -5.0, "gate_rank": 4}],
     "gated_conv": [{}, {"d_conv": 4, "expand": 1, "bias": False, "conv_bias": False}],
     "transnormer": [{"nheads": 4}, {"nheads": 2, "feature_map": "elu"}],
-    "diag_attention": [{"nheads": 4, "window": 8}, {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True}],
+    "diag_attention": [
+        {"nheads": 4, "window": 8},
+        {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True},
+        {"nheads": 2, "window": 4, "forget_gate": True},
+    ],
+    "conv_attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "d_conv": 3, "bias": True}],
+    "channel": [{}, {"mlp": {"nexperts": 4, "top_k": 2, "d_mlp": 16, "d_shared": 8}}],
+    "path": [
+        {"nheads": 2},
+        {"nheads": 4, "nheads_kv": 2, "w_rank": None, "d_conv": 2, "forget_gate": True, "qk_norm": True},
+    ],
     "sum": [
         {"mixers": [{"kind": "attention", "nheads": 2}, {"kind": "mamba2", "headdim": 16, "d_state": 4}]},
         {
@@ -54,11 +64,13 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 4},
         {"nheads": 4, "nheads_kv": 2, "qk_norm": True},
         {"nheads": 2, "rotary": False},
+        {"nheads": 4, "nheads_kv": 2, "forget_gate": True},
         {"nheads": 4, "causal": False},
     ],
     "sliding_attention": [
         {"nheads": 4, "window": 8},
         {"nheads": 2, "nheads_kv": 1, "window": 3},
+        {"nheads": 4, "window": 5, "forget_gate": True},
         {"nheads": 4, "window": 8, "causal": False},
     ],
     "s4": [
@@ -78,6 +90,22 @@ VARIANTS: dict[str, list[dict]] = {
         {"d_state": 8, "discretization": "bilinear", "C_init": "complex_normal", "output": "half_glu2", "rate": 2.0},
         {"d_state": 8, "C_init": "lecun_normal", "clip_eigs": True, "output": "glu"},
     ],
+    "dss": [{"d_state": 6}, {"d_state": 4, "version": "softmax", "l_max": 50, "n_ssm": 2, "rate": 0.5}],
+    "sgconv": [
+        {"l_max": 40, "kernel_dim": 5},
+        {"l_max": 13, "kernel_dim": 2, "init_scale": 1, "kernel_init": "cos", "decay_max": 3.0, "output": "linear"},
+        {"l_max": 33, "kernel_dim": 8, "combine": "sum", "decay": "power", "interpolation": "nearest"},
+        {"l_max": 9, "kernel_dim": 1, "decay": "fixed_power", "decay_min": 1.0},
+    ],
+    "mega": [
+        {"d_state": 4, "d_qk": 6, "chunk_size": 8},
+        {"d_state": 2, "d_qk": 4, "chunk_size": 3, "d_hidden": 10},
+        {"d_state": 3, "d_qk": 4, "chunk_size": None},
+        {"d_state": 2, "d_qk": 5, "chunk_size": 7, "scores": "laplace", "bias": "simple"},
+        {"d_state": 2, "d_qk": 4, "chunk_size": None, "scores": "relu2", "bias": "simple", "max_positions": 80},
+    ],
+    "hyena": [{"l_max": 50, "d_filter": 8}, {"l_max": 11, "d_filter": 6, "d_position": 5, "d_conv": 4, "shift": 0.05}],
+    "lmu": [{"d_state": 6, "theta": 10.0}, {"d_state": 5, "theta": 30.0, "n_memory": 3, "d_hidden": 12}],
     "learned_positions": [{"max_seqlen": 80}],
     "local_attention": [{"nheads": 4, "block": 6}],
     "longformer": [{"nheads": 4, "window": 6}, {"nheads": 2, "window": 5, "n_global": 0, "causal": True}],
@@ -97,7 +125,7 @@ VARIANTS: dict[str, list[dict]] = {
     "fnet": [{}, {"normalized": False}],
 }
 # Convolved through transforms, whose rounding reaches every position.
-TRANSFORMED = {"s4", "s4d"}
+TRANSFORMED = {"s4", "s4d", "dss", "sgconv", "mega", "hyena", "lmu"}
 # Says where a token stands and not which it is.
 BLIND = {"learned_positions"}
 HASHED = {"reformer"}

@@ -61,6 +61,8 @@ class Mixer(nn.Module, Generic[C]):
     Config: ClassVar[type[MixerConfig]]
     supports: ClassVar[frozenset[str]] = frozenset({"packed", "padded", "initial_state"})
     """Of {"packed", "padded", "bidirectional", "initial_state", "sequence_parallel"}."""
+    takes_residual: ClassVar[bool] = False
+    """`forward` and `step` also take `residual`, the stream that their result is added to, before its norm."""
     layer_type: ClassVar[str] = "linear_attention"
     """The Hugging Face name of this kind of layer: linear_attention, full_attention or sliding_attention."""
 
