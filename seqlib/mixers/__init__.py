@@ -23,7 +23,9 @@ from seqlib.mixers.linear_transformer import LinearTransformer
 from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
+from seqlib.mixers.mlstm import MLSTM
 from seqlib.mixers.retnet import RetNet
+from seqlib.mixers.rg_lru import RGLRU
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
@@ -53,6 +55,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
+    "mlstm": MLSTM,
+    "rg_lru": RGLRU,
     "sum": Sum,
 }
 
