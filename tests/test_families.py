@@ -45,6 +45,7 @@ def rows() -> tuple[list[Tensor], Tensor, Tensor]:
 
 def same(got: Tensor, want: Tensor, bound: float = BOUND) -> None:
     error = float((got - want).abs().max() / want.abs().max())
+    print(f"error {error:.1e}")
     assert error <= bound, f"relative error {error:.2e}"
 
 

@@ -233,7 +233,9 @@ def _places(model: nn.Module, device_map: Any) -> dict[str, torch.device]:
     if not isinstance(device_map, Mapping):
         device_map = {"": device_map}
     if "disk" in device_map.values():
-        raise ConfigError("device_map puts modules on disk, which is not supported; give smaller weights or more memory")
+        raise ConfigError(
+            "device_map puts modules on disk, which is not supported; give smaller weights or more memory"
+        )
     return {
         name: torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
         for name, place in device_map.items()

@@ -37,7 +37,8 @@ def fit(
     """
     found: dict[tuple[str, ...], Part] = {}
     missing: dict[tuple[str, ...], list[str]] = {}
-    used, misshapen = set(), []
+    misshapen: dict[tuple[str, ...], list[str]] = {}
+    used: set[str] = set()
     for part in parts:
         if part.ours in found or not all(name in ours for name in part.ours):
             continue
@@ -47,16 +48,18 @@ def fit(
             missing.setdefault(part.ours, absent)
             continue
         used.update(names)
-        found[part.ours] = part = dataclasses.replace(part, theirs=names)
-        for name, wanted in zip(names, _shapes(part, [ours[name] for name in part.ours])):
-            if tuple(theirs[name]) != wanted:
-                misshapen.append(f"{name} {tuple(theirs[name])} for {wanted}")
-    placed = {name for names in (*found, *missing) for name in names}
+        wanted = _shapes(part, [ours[name] for name in part.ours])
+        wrong = [f"{n} {theirs[n]} for {shape}" for n, shape in zip(names, wanted) if theirs[n] != shape]
+        if wrong:
+            misshapen.setdefault(part.ours, wrong)
+            continue
+        found[part.ours] = dataclasses.replace(part, theirs=names)
+    placed = {name for names in (*found, *missing, *misshapen) for name in names}
     left = [name for name in theirs if name not in used and not any(re.search(p, name) for p in ignored)]
     problems = {
-        "missing": [name for key, names in missing.items() if key not in found for name in names],
+        "missing": [n for key, names in missing.items() if key not in found and key not in misshapen for n in names],
         "not part of the model": left,
-        "of another shape": misshapen,
+        "of another shape": [name for key, names in misshapen.items() if key not in found for name in names],
         "without a place in this layout": [name for name in ours if name not in placed],
     }
     told = [f"{what}: {_some(sorted(names))}" for what, names in problems.items() if names]

@@ -250,7 +250,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
-        shape = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
+        shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
         if labels is not None and not return_logits and plain:
             loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items, **shape)
         elif return_logits or labels is not None:

@@ -33,7 +33,9 @@ from seqlib.mixers.mega import Mega
 from seqlib.mixers.path import Path
 from seqlib.mixers.pattern import BigBird, Longformer, SparseAttention
 from seqlib.mixers.performer import Performer
+from seqlib.mixers.mlstm import MLSTM
 from seqlib.mixers.retnet import RetNet
+from seqlib.mixers.rg_lru import RGLRU
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
@@ -72,6 +74,8 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
     "path": Path,
+    "mlstm": MLSTM,
+    "rg_lru": RGLRU,
     "sum": Sum,
     "learned_positions": LearnedPositions,
     "local_attention": LocalAttention,

@@ -23,7 +23,7 @@ class BlockConfig:
     mlp: MLPConfig | None = None
     """Channel mixer after the sequence mixer; None for none."""
     norm: str = "pre"
-    """"pre": x + f(norm(x));  "post": x + norm(f(x)), as in OLMo;  "stream": n + f(n) with n = norm(x), as in MiniMax."""
+    """"pre": x + f(norm(x));  "post": x + norm(f(x)) (OLMo);  "stream": n + f(n) with n = norm(x) (MiniMax)."""
     mixer_scale: float = 1.0
     mlp_scale: float = 1.0
     """Factors of what each branch adds."""

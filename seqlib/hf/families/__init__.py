@@ -8,14 +8,25 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from seqlib.errors import CheckpointMismatch
-from seqlib.hf.families import bamba, falcon_h1, granite, jamba, mamba, minimax, nemotron_h
+from seqlib.hf.families import (
+    bamba,
+    delta,
+    falcon_h1,
+    granite,
+    jamba,
+    mamba,
+    minimax,
+    nemotron_h,
+    recurrent_gemma,
+    xlstm,
+)
 from seqlib.hf.families.base import Family
 
 __all__ = ["FAMILIES", "recognise"]
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for module in (mamba, jamba, bamba, falcon_h1, nemotron_h, granite, minimax)
+    for module in (mamba, jamba, bamba, falcon_h1, nemotron_h, granite, minimax, recurrent_gemma, delta, xlstm)
     for family in module.FAMILIES
 }
 """By the name that `seqlib.export` takes."""

@@ -65,7 +65,7 @@ class Family:
 
     Args:
         name: what `seqlib.export` calls it.
-        config: their config, and whether to match "authors" or "transformers" where those differ -> SeqlibConfig fields.
+        config: their config, and "authors" or "transformers", whom to match where they differ -> fields of SeqlibConfig.
         parts: their config and ours -> correspondences; those of which we have no tensor are passed over, and of
             several for the same tensors of ours the first that the file has counts. The first of all is written.
         matches: whether a config.json is of this family.

@@ -66,7 +66,12 @@ def _hf_config(v: Values, match: str) -> dict[str, Any]:
         "bias": v["use_bias"],
     }
     if v["model_type"] == "mamba2":
-        mixer |= {"kind": "mamba2", "headdim": v["head_dim"], "ngroups": v["n_groups"], **dt_limit(v["time_step_limit"])}
+        mixer |= {
+            "kind": "mamba2",
+            "headdim": v["head_dim"],
+            "ngroups": v["n_groups"],
+            **dt_limit(v["time_step_limit"]),
+        }
     else:
         rank = v["time_step_rank"]
         mixer |= {"kind": "mamba", "dt_rank": None if rank == "auto" else rank}
