@@ -30,10 +30,10 @@ from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.mega import Mega
+from seqlib.mixers.mlstm import MLSTM
 from seqlib.mixers.path import Path
 from seqlib.mixers.pattern import BigBird, Longformer, SparseAttention
 from seqlib.mixers.performer import Performer
-from seqlib.mixers.mlstm import MLSTM
 from seqlib.mixers.retnet import RetNet
 from seqlib.mixers.rg_lru import RGLRU
 from seqlib.mixers.s4 import S4
