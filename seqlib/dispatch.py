@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -124,6 +125,7 @@ class Choice:
 
 _scope: ContextVar[Mapping[str, str] | None] = ContextVar("seqlib_backend", default=None)
 _loaded: dict[str, Callable[..., Any]] = {}
+_traced = SimpleNamespace()  # the same for compilers, which do not see what is added to a dict while they trace
 _probed: dict[str, str | None] = {}
 _warned: set[str] = set()
 _choices: dict[tuple[str, str, Facts, str, str], Callable[..., Any]] = {}
@@ -319,7 +321,11 @@ def _announce(op: Op, chosen: Impl, refused: list[Refusal]) -> None:
 
 def _load(target: str) -> Callable[..., Any]:
     _import(target)
-    return _loaded[target]
+    return getattr(_traced, _attribute(target)) if torch.compiler.is_compiling() else _loaded[target]
+
+
+def _attribute(target: str) -> str:
+    return target.replace(".", "_").replace(":", "_")
 
 
 @torch.compiler.assume_constant_result
@@ -327,6 +333,7 @@ def _import(target: str) -> None:
     if target not in _loaded:
         module, _, name = target.partition(":")
         _loaded[target] = getattr(importlib.import_module(module), name)
+    setattr(_traced, _attribute(target), _loaded[target])
 
 
 def _main() -> None:

@@ -56,7 +56,7 @@ def step(
     if (log_decay is None) != (state.log_decay is None):
         raise UnsupportedInput("log_decay must be given with a state that holds decays, and only then")
     filled: int | None = None
-    if state.length.device.type == "cpu":
+    if state.length.device.type == "cpu" and not torch.compiler.is_compiling():
         filled = int(state.length.max()) + 1
         if window is None and filled > capacity:
             raise UnsupportedInput(f"the cache holds {capacity} tokens and is full; make room with state.reserve(...)")
