@@ -70,6 +70,10 @@ VARIANTS: dict[str, list[dict]] = {
         # A bias of zero is one exponential, as long as the window reaches over every test.
         {"nheads": 4, "window": 80, "decode": "exponentials", "n_exponentials": 2},
     ],
+    "shared": [
+        {"mixer": {"kind": "attention", "nheads": 2}, "adapter_rank": 3},
+        {"mixer": {"kind": "mamba2", "headdim": 16, "d_state": 4}, "adapter_rank": 2, "adapted": ["in_proj"]},
+    ],
     "sum": [
         {
             "mixers": [{"kind": "attention", "nheads": 2, "gate": True}, {"kind": "rg_lru", "nheads": 2}],

@@ -11,7 +11,7 @@ from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
 from seqlib.mixers.channel import Channel
-from seqlib.mixers.compose import Sum, SumConfig
+from seqlib.mixers.compose import Shared, Sum, SumConfig
 from seqlib.mixers.conv_attention import ConvAttention
 from seqlib.mixers.deltanet import DeltaNet
 from seqlib.mixers.dss import DSS
@@ -35,8 +35,8 @@ from seqlib.mixers.path import Path
 from seqlib.mixers.pattern import BigBird, Longformer, SparseAttention
 from seqlib.mixers.performer import Performer
 from seqlib.mixers.retnet import RetNet
-from seqlib.mixers.rpe_attention import RPEAttention
 from seqlib.mixers.rg_lru import RGLRU
+from seqlib.mixers.rpe_attention import RPEAttention
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
@@ -79,6 +79,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mlstm": MLSTM,
     "rg_lru": RGLRU,
     "sum": Sum,
+    "shared": Shared,
     "learned_positions": LearnedPositions,
     "local_attention": LocalAttention,
     "longformer": Longformer,
