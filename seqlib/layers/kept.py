@@ -40,6 +40,8 @@ class Kept:
         self._shared: dict[tuple[str, Hashable], _Shared] | None = None
 
     def __call__(self, name: str, key: Hashable, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
+        if torch.compiler.is_compiling():
+            return make()
         if torch.is_grad_enabled():
             return make() if self._shared is None else self._share(name, key, sources, make)
         known = self._values.get(name)

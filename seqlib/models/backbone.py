@@ -31,22 +31,26 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.layers: Sequence[Block] = nn.ModuleList(Block(config, i) for i in range(config.n_layer))  # type: ignore[assignment]
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm_offset)
         # The names that transformers' gradient_checkpointing_enable() looks for and sets.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = _checkpoint
 
     def forward(
-        self, x: Tensor, state: StateList | None = None, seq: SequenceInfo | None = None
+        self, x: Tensor, state: StateList | None = None, seq: SequenceInfo | None = None, depth: int | None = None
     ) -> tuple[Tensor, StateList]:
-        """Run a span. `state` is what an earlier span returned, or None at the beginning; it is left as it was."""
-        if state is not None and len(state) != len(self.layers):
-            raise UnsupportedInput(f"state has {len(state)} layers, the model {len(self.layers)}")
+        """Run a span. `state` is what an earlier span returned, or None at the beginning; it is left as it was.
+
+        `depth` exits early, from the first `depth` layers to the final norm; the state then has as many layers.
+        """
+        layers = self._first(depth)
+        if state is not None and len(state) != len(layers):
+            raise UnsupportedInput(f"state has {len(state)} layers, the model {len(layers)}")
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         remember = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states: list[State] = []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers):
             before = None if state is None else state[i]
             if remember:
                 x, after = self._gradient_checkpointing_func(layer.__call__, x, before, seq)
@@ -57,11 +61,11 @@ class Backbone(nn.Module):
         return self.norm(x), StateList(states, seen + x.shape[1])
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: StateList) -> tuple[Tensor, StateList]:
+    def step(self, x: Tensor, state: StateList, depth: int | None = None) -> tuple[Tensor, StateList]:
         """One position, x: (batch, d_model). Writes into `state` and returns it."""
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._first(depth)):
             x, state.states[i] = layer.step(x, state.states[i])
         state.seqlen += 1
         return self.norm(x), state
@@ -72,11 +76,18 @@ class Backbone(nn.Module):
         max_seqlen: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        depth: int | None = None,
     ) -> StateList:
         """The state before the first position; `max_seqlen` lets key-value caches be allocated once."""
-        return StateList(
-            [self.mixer(i).initial_state(batch, max_seqlen, device, dtype) for i in range(len(self.layers))]
-        )
+        layers = self._first(depth)
+        return StateList([layer.mixer.initial_state(batch, max_seqlen, device, dtype) for layer in layers])
+
+    def _first(self, depth: int | None) -> Sequence[Block]:
+        if depth is None or depth == len(self.layers):
+            return self.layers
+        if not 1 <= depth < len(self.layers):
+            raise UnsupportedInput(f"depth must be from 1 to the {len(self.layers)} layers of the model, got {depth}")
+        return self.layers[:depth]
 
     def mixer(self, index: int) -> Mixer:
         """The sequence mixer of one layer."""
@@ -92,6 +103,8 @@ class Backbone(nn.Module):
         for i in range(len(self.layers)):
             for names, wanted in self.mixer(i).param_groups():
                 options.update({f"layers.{i}.mixer.{name}": wanted for name in names})
+            if getattr(self.layers[i].mlp, "choice_bias", None) is not None:
+                options[f"layers.{i}.mlp.choice_bias"] = {"weight_decay": 0.0}
         return options
 
 
