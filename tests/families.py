@@ -163,10 +163,10 @@ PORTS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 """Layout and maker by the name of the case."""
 
 
-def uncached(model: nn.Module, ids: Tensor) -> Tensor:
+def uncached(model: Any, ids: Tensor) -> Tensor:
     """Logits of one pass over rows without padding."""
     with torch.no_grad():
-        return model(ids, use_cache=False).logits
+        return model(ids, use_cache=False).logits if isinstance(model, nn.Module) else model(ids)
 
 
 def save(model: Any, folder: Path) -> None:
