@@ -22,6 +22,7 @@ from seqlib.hf.families import (
     recurrent_gemma,
     transnormer,
     xlstm,
+    zamba2,
 )
 from seqlib.hf.families.base import Family
 
@@ -31,6 +32,7 @@ _MODULES = (
     mamba,
     jamba,
     bamba,
+    zamba2,
     falcon_h1,
     nemotron_h,
     granite,
