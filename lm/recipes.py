@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
 
-__all__ = ["RECIPES", "Recipe", "demo", "override", "tiny"]
+__all__ = ["RECIPES", "Recipe", "demo", "mixer_sweep", "override", "tiny"]
 
 _HYBRID: dict[str, Any] = {"m": {"kind": "mamba"}, "a": {"kind": "sliding_attention", "nheads": 4, "window": 128}}
 
@@ -117,7 +117,15 @@ def tiny() -> Recipe:
     )  # fmt: skip
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "tiny": tiny}
+def mixer_sweep() -> Recipe:
+    """What `seqlib-lm sweep` trains once per mixer; alone, it trains softmax attention."""
+    return Recipe(
+        name="mixer_sweep", d_model=128, n_layer=4, layer_pattern="m", mixers={"m": {"kind": "attention", "nheads": 4}},
+        mlp={}, seqlen=512, batch_size=4, steps=500, learning_rate=4e-3, save_every=500,
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "mixer_sweep": mixer_sweep, "tiny": tiny}
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:

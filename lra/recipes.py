@@ -9,7 +9,7 @@ from typing import Any
 
 from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
-from seqlib.mixers import MIXERS
+from seqlib.mixers import MIXERS, looks_ahead
 
 from .protocols import PROTOCOLS
 from .published import PUBLISHED
@@ -82,6 +82,12 @@ class Recipe:
             raise ConfigError(
                 f"recipe {self.name} needs the mixer {', '.join(absent)}, which this version does not have; "
                 f"it has: {', '.join(MIXERS)}"
+            )
+        ahead = sorted({str(m["kind"]) for m in self.mixers.values() if looks_ahead(m)})
+        if self.task in RECALL and ahead:
+            raise ConfigError(
+                f"recipe {self.name}: {', '.join(ahead)} reads what follows, and {self.task} asks for the next token; "
+                "use a causal mixer"
             )
 
     def _check(self, name: str, right: bool, allowed: str) -> None:

@@ -160,7 +160,7 @@ class S4(TimeInvariant[S4Config]):
         return self.shared(A), self.shared(P), self.shared(B), C
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        s = self._kept("step", self.rate, self.sources(), self._recurrence)
+        s = self._kept("step", self.rate, self.sources(), self._low_rank)
         u = x.to(wide_dtype(self.D))
         flat = as_real(state.ssm)
         low = [-(flat * row).sum(-1, keepdim=True) for row in s.r]
@@ -170,7 +170,7 @@ class S4(TimeInvariant[S4Config]):
             flat.addcmul_(column, amount)
         return self.readout(((flat * s.C).sum(-1) + self.D * u).to(x.dtype)), state
 
-    def _recurrence(self) -> _Step:
+    def _low_rank(self) -> _Step:
         A, P, B, C = self._matrices()
         decay, q, r, B_bar = dplr_recurrence(A, P, B, self.dt())
         re, im = dplr_dense(A, P, B, C[0], self.dt(), self.positions).C.chunk(2, -1)

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from seqlib.errors import UnsupportedInput
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
-from seqlib.mixers.attention import Attention
 from seqlib.models.block import Block
 from seqlib.models.config import BackboneConfig
 from seqlib.models.shared import SharedState, SharedTransformer
@@ -46,17 +45,21 @@ class Backbone(nn.Module):
         self._gradient_checkpointing_func = _checkpoint
 
     def forward(
-        self, x: Tensor, state: StateList | None = None, seq: SequenceInfo | None = None
+        self, x: Tensor, state: StateList | None = None, seq: SequenceInfo | None = None, depth: int | None = None
     ) -> tuple[Tensor, StateList]:
-        """Run a span. `state` is what an earlier span returned, or None at the beginning; it is left as it was."""
-        if state is not None and len(state) != len(self.layers):
-            raise UnsupportedInput(f"state has {len(state)} layers, the model {len(self.layers)}")
+        """Run a span. `state` is what an earlier span returned, or None at the beginning; it is left as it was.
+
+        `depth` exits early, from the first `depth` layers to the final norm; the state then has as many layers.
+        """
+        layers = self._first(depth)
+        if state is not None and len(state) != len(layers):
+            raise UnsupportedInput(f"state has {len(state)} layers, the model {len(layers)}")
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         remember = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states: list[State] = []
         first = x
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(layers):
             before = None if state is None else state[i]
             if remember:
                 x, after = self._gradient_checkpointing_func(layer.__call__, x, before, seq, *self._aside(i, first))
@@ -67,19 +70,23 @@ class Backbone(nn.Module):
         return self.norm(x), StateList(states, seen + x.shape[1])
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: StateList) -> tuple[Tensor, StateList]:
+    def step(self, x: Tensor, state: StateList, depth: int | None = None) -> tuple[Tensor, StateList]:
         """One position, x: (batch, d_model). Writes into `state` and returns it."""
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         first = x
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._first(depth)):
             x, state.states[i] = layer.step(x, state.states[i], *self._aside(i, first))
         state.seqlen += 1
         return self.norm(x), state
 
     def _aside(self, layer: int, first: Tensor) -> tuple[Any, ...]:
-        """What a layer with a shared block needs besides."""
-        return () if self.shared is None or layer not in self._users else (first, self.shared[self._users[layer]])
+        """What a layer that uses a shared block needs besides."""
+        shared = self._shared_block(layer)
+        return () if shared is None else (first, shared)
+
+    def _shared_block(self, layer: int) -> SharedTransformer | None:
+        return None if self.shared is None or layer not in self._users else self.shared[self._users[layer]]  # type: ignore[return-value]
 
     def initial_state(
         self,
@@ -87,20 +94,24 @@ class Backbone(nn.Module):
         max_seqlen: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        depth: int | None = None,
     ) -> StateList:
         """The state before the first position; `max_seqlen` lets key-value caches be allocated once."""
         states: list[State] = []
-        for i in range(len(self.layers)):
-            state = self.mixer(i).initial_state(batch, max_seqlen, device, dtype)
-            attention = self._attention(i)
-            if attention is not None:
-                state = SharedState(attention.initial_state(batch, max_seqlen, device, dtype), state)
+        for i, layer in enumerate(self._first(depth)):
+            state = layer.mixer.initial_state(batch, max_seqlen, device, dtype)
+            shared = self._shared_block(i)
+            if shared is not None:
+                state = SharedState(shared.attention.initial_state(batch, max_seqlen, device, dtype), state)
             states.append(state)
         return StateList(states)
 
-    def _attention(self, layer: int) -> Attention | None:
-        """The attention of the shared block that a layer uses."""
-        return None if self.shared is None or layer not in self._users else self.shared[self._users[layer]].attention  # type: ignore[return-value,union-attr]
+    def _first(self, depth: int | None) -> Sequence[Block]:
+        if depth is None or depth == len(self.layers):
+            return self.layers
+        if not 1 <= depth < len(self.layers):
+            raise UnsupportedInput(f"depth must be from 1 to the {len(self.layers)} layers of the model, got {depth}")
+        return self.layers[:depth]
 
     def mixer(self, index: int) -> Mixer:
         """The sequence mixer of one layer."""
@@ -108,7 +119,8 @@ class Backbone(nn.Module):
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
         """Size of the whole state after `seqlen` positions."""
-        mixers = [m for i in range(len(self.layers)) for m in (self.mixer(i), self._attention(i)) if m is not None]
+        blocks = [self._shared_block(i) for i in range(len(self.layers))]
+        mixers = [layer.mixer for layer in self.layers] + [b.attention for b in blocks if b is not None]
         return sum(mixer.state_bytes(batch, seqlen) for mixer in mixers)
 
     def special_parameters(self) -> dict[str, dict[str, Any]]:

@@ -46,11 +46,11 @@ class Block(nn.Module):
         """`first` and `shared`: what the stack began with and the shared block, for layers that use one."""
         if self.use is None:
             x, inner = self._enter(x, self.norm)
-            y, after = self.mixer(inner, state, seq)
+            y, after = self.mixer(inner, state, seq, **self._residual(x))
         else:
             kv, before = (None, None) if state is None else (state.kv, state.mixer)
             aside, kv = self.use(x, first, shared, kv, seq)
-            y, after = self.mixer(self.norm(x + aside), before, seq)
+            y, after = self.mixer(self.norm(x + aside), before, seq, **self._residual(x))
             after = SharedState(kv, after)
         return self._mlp(self._mixed(x, y)), after
 
@@ -58,14 +58,17 @@ class Block(nn.Module):
     def step(self, x: Tensor, state: Any, first: Any = None, shared: Any = None) -> tuple[Tensor, State]:
         if self.use is None:
             x, inner = self._enter(x, self.norm)
-            y, state = self.mixer.step(inner, state)
+            y, state = self.mixer.step(inner, state, **self._residual(x))
         else:
             aside, state.kv = self.use.step(x, first, shared, state.kv)
-            y, state.mixer = self.mixer.step(self.norm(x + aside), state.mixer)
+            y, state.mixer = self.mixer.step(self.norm(x + aside), state.mixer, **self._residual(x))
         return self._mlp(self._mixed(x, y)), state
 
     def _mixed(self, x: Tensor, y: Tensor) -> Tensor:
         return self._leave(x, y, self.norm, self.block.mixer_skip, self.block.mixer_scale)
+
+    def _residual(self, x: Tensor) -> dict[str, Tensor]:
+        return {"residual": x} if self.mixer.takes_residual else {}
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.mlp is None or self.mlp_norm is None:

@@ -21,7 +21,7 @@ IMPLS = (
         "native",
         "chunked",
         f"{_HERE}.native_impl:linear_attention",
-        refuses=frozenset({"chunk_size", "decay per channel"}),
+        refuses=frozenset({"chunk_size"}),
         **_NATIVE,
     ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
@@ -48,8 +48,6 @@ def facts(
         t is not None and t.requires_grad for t in (q, k, v, log_decay, initial_state)
     )
     features = {"chunk_size"} if chunk_size is not None else set()
-    if log_decay is not None and log_decay.dim() == v.dim():
-        features.add("decay per channel")
     seqlen = v.shape[1] if v.dim() == 4 else 1
     sizes = (("d_state", k.shape[-1]), ("headdim", v.shape[-1]))
     return Facts(v.device.type, v.dtype, seqlen, needs_grad, frozenset(features), sizes)
