@@ -37,6 +37,7 @@ from seqlib.mixers import Mixer
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
 from seqlib.models.heads import Embedding, NumberEmbedding, finish_logits, lm_loss, pool
+from seqlib.models.shared import LowRank, SharedTransformer, SharedUse
 from seqlib.sequence import StateList
 
 __all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
@@ -96,7 +97,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 continue
             if isinstance(module, nn.Embedding) or module in heads:
                 self._init_weights(module)
-            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm)):
+            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm, SharedTransformer, SharedUse, LowRank)):
                 module.reset_parameters()
 
     @torch.no_grad()
