@@ -35,8 +35,8 @@ from seqlib.mixers.path import Path
 from seqlib.mixers.pattern import BigBird, Longformer, SparseAttention
 from seqlib.mixers.performer import Performer
 from seqlib.mixers.retnet import RetNet
-from seqlib.mixers.rpe_attention import RPEAttention
 from seqlib.mixers.rg_lru import RGLRU
+from seqlib.mixers.rpe_attention import RPEAttention
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
