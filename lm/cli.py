@@ -44,8 +44,10 @@ def train(
     column: Column = None,
 ) -> None:
     """Train a model into a run folder, or continue a run that was interrupted."""
+    from seqlib.hf.runs import override
+
     from . import train as training
-    from .recipes import RECIPES, override
+    from .recipes import RECIPES
 
     console = _console()
     if resume is not None:
@@ -166,7 +168,9 @@ def sweep(
     column: Column = None,
 ) -> None:
     """Train every mixer on the same text with as many parameters and steps, and rank them by bits per byte."""
-    from .recipes import RECIPES, override
+    from seqlib.hf.runs import override
+
+    from .recipes import RECIPES
     from .sweep import run_sweep, sweep_table
     from .train import DataSpec
 

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
+from seqlib.hf.runs import read_metrics, write_aside
 from seqlib.mixers import MIXERS, mixer_config, sized
 
 from .evaluate import score_recall
 from .recall import get_recall, make_batch
 from .recipes import Recipe
 from .report import load_model
-from .runs import read_metrics, write_aside
 from .train import DataSource, train
 
 __all__ = ["TIERS", "Tier", "Trial", "run_suite"]

@@ -210,7 +210,7 @@ def explain(op_name: str, *tensors: Any, form: str = "auto", backend: str = "aut
     reasons = {id(r.impl): r.reason for r in choice.refused} if choice else {}
     for impl in op.impls:
         if choice and impl is choice.impl:
-            note = "runs"
+            note = f"runs, loops for {torch.ops.seqlib.isa(None)}" if "native" in impl.needs else "runs"
         elif id(impl) in reasons:
             note = f"refused: {reasons[id(impl)]}"
         else:

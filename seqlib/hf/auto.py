@@ -65,6 +65,9 @@ def from_pretrained(
             id_or_dir, **{name: value for name, value in options.items() if value is not None}
         )
     family, values = recognise(id_or_dir, values, ignore)
+    files = WeightFiles(id_or_dir, hub)
+    if family.look is not None:
+        values |= family.look(files.shapes)
     config = SeqlibConfig(**family.config(values, match))
     for name, value in kwargs.items():
         if name not in _FREE:
@@ -73,7 +76,6 @@ def from_pretrained(
                 f"{', '.join((*HUB_OPTIONS, *_FREE))}"
             )
         setattr(config, name, value)
-    files = WeightFiles(id_or_dir, hub)
     wanted = _dtype(dtype, values, files)
     with torch.device("meta"):
         model = modeling.SeqlibForCausalLM._from_config(config, dtype=wanted)

@@ -65,13 +65,14 @@ class Family:
 
     Args:
         name: what `seqlib.export` calls it.
-        config: their config, and "authors" or "transformers", whom to match where they differ -> fields of SeqlibConfig.
+        config: their config, and whom to match, "authors" or "transformers", where they differ -> ours as keywords.
         parts: their config and ours -> correspondences; those of which we have no tensor are passed over, and of
             several for the same tensors of ours the first that the file has counts. The first of all is written.
         matches: whether a config.json is of this family.
         defaults: their config with every field that counts; files may leave some out.
         known: fields of their config that change nothing here; other unknown ones are refused.
         ignored: patterns of tensors that carry nothing.
+        look: fields of their config that only the names of the tensors tell.
         write: our config -> theirs, for models that were not loaded from this layout; None where only those can be
             written.
         stores_tied_head: the head is in the file although it is tied.
@@ -86,6 +87,7 @@ class Family:
     defaults: Callable[[Values], dict[str, Any]] = dict
     known: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
+    look: Callable[[Iterable[str]], dict[str, Any]] | None = None
     write: Callable[[SeqlibConfig], dict[str, Any]] | None = None
     stores_tied_head: bool = False
     weights_file: str | None = None
