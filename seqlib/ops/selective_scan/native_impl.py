@@ -32,7 +32,7 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    return _forward(*given, None if seq is None else seq.spans, dt_softplus, keep)[:2]
+    return _forward(*given, None if seq is None else seq.plan(x.device), dt_softplus, keep)[:2]
 
 
 def step(
