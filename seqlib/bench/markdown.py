@@ -11,8 +11,8 @@ __all__ = ["page"]
 
 HEAD = """# Benchmarks
 
-Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench OPS --json FILE` or
-`seqlib-lm bench mamba-130m --json FILE`; this page is written by `python -m seqlib.bench.markdown docs`. Ratios compare
+Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench WHAT --json FILE`, where WHAT
+are ops, `mamba-130m` or `linear-family`; this page is written by `python -m seqlib.bench.markdown docs`. Ratios compare
 runs that took turns in one process. Processor time of one core is steadier than wall time where neighbours share the
 machine. Freed memory is kept by the process (glibc's mallopt), for all contenders alike.
 """
@@ -27,6 +27,8 @@ def page(folder: Path) -> str:
         parts += [_case(result) for result in report.get("results", [])]
         if "mamba_130m" in report:
             parts.append(_model(report["mamba_130m"]))
+        if "linear_family" in report:
+            parts.append(_family(report["linear_family"]))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -76,6 +78,22 @@ def _model(made: dict[str, Any]) -> str:
     error = made["logits_relative_error"]
     return "\n".join(lines) + (
         f"\n\nDecoding: {speeds[0]:.1f} tokens/s beside {speeds[1]:.1f}. Logits differ by {error:.1e} relative."
+    )
+
+
+def _family(made: dict[str, Any]) -> str:
+    lines = ["| what | ms | against | its ms | ratio | aim |", "|---|---|---|---|---|---|"]
+    for row in made["rows"]:
+        times = [f"{1e3 * row[key]:.3g}" for key in ("ours_s", "other_s")]
+        cells = [row["what"], times[0], row["against"], times[1], f"{row['ratio']:.3g}", row["aim"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    memory = made["memory"]
+    slopes = " and ".join(f"{slope:.0f}" for slope in memory["bytes_per_token"])
+    lengths = ", ".join(memory["peak_bytes"])
+    return "\n".join(lines) + (
+        "\n\nAgainst a floor the ratio is time over floor, at most the aim; against a peer it is how many times faster "
+        f"ours is, at least the aim.\n\nPeak memory of {memory['what']}, inputs and gradients included: {slopes} bytes "
+        f"per token between lengths {lengths}."
     )
 
 
