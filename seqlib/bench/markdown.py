@@ -11,10 +11,11 @@ __all__ = ["page"]
 
 HEAD = """# Benchmarks
 
-Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench OPS --json FILE` or
-`seqlib-lm bench mamba-130m --json FILE`; this page is written by `python -m seqlib.bench.markdown docs`. Ratios compare
-runs that took turns in one process. Processor time of one core is steadier than wall time where neighbours share the
-machine. Freed memory is kept by the process (glibc's mallopt), for all contenders alike.
+Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench OPS --json FILE`,
+`seqlib-lm bench mamba-130m --json FILE` or `seqlib-lra speed --peer-s4 DIR --json FILE`; this page is written by
+`python -m seqlib.bench.markdown docs`. Ratios compare runs that took turns in one process. Processor time of one core is
+steadier than wall time where neighbours share the machine. Freed memory is kept by the process (glibc's mallopt), for
+all contenders alike.
 """
 
 
@@ -27,6 +28,8 @@ def page(folder: Path) -> str:
         parts += [_case(result) for result in report.get("results", [])]
         if "mamba_130m" in report:
             parts.append(_model(report["mamba_130m"]))
+        if "state_spaces" in report:
+            parts.append(_state_spaces(report))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -77,6 +80,38 @@ def _model(made: dict[str, Any]) -> str:
     return "\n".join(lines) + (
         f"\n\nDecoding: {speeds[0]:.1f} tokens/s beside {speeds[1]:.1f}. Logits differ by {error:.1e} relative."
     )
+
+
+def _state_spaces(report: dict[str, Any]) -> str:
+    sizes = "batch {batch}, seqlen {seqlen}, d_model {d_model}, d_state {d_state}".format(**report["options"])
+    lines = [
+        f"| {sizes} | who | wall ms | one core ms | x | x one core | kernel's share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, made in report["state_spaces"].items():
+        for kind in ("forward", "forward_backward"):
+            for who, t in made[kind].items():
+                if not isinstance(t, dict):
+                    continue
+                ours = who == "seqlib"
+                ratios = [
+                    f"{made[kind][k]:.1f}" if ours and k in made[kind] else "" for k in ("ratio", "ratio_one_core")
+                ]
+                share = f"{100 * made['kernel_share'][kind]:.0f} %" if ours and "kernel_share" in made else ""
+                cells = [f"{name}, {kind.replace('_', ' + ')}", who, f"{1e3 * t['wall_s']:.3g}"]
+                lines.append("| " + " | ".join([*cells, f"{1e3 * t['one_core_s']:.3g}", *ratios, share]) + " |")
+    us = report["decoding_us"]
+    text = (
+        f"One position of S4D, batch 1, one thread: {us['s4d_state_update']:.0f} microseconds for the state and its "
+        f"output, {us['s4d_layer']:.0f} for the whole layer."
+    )
+    if "long" in report:
+        long = report["long"]
+        text += (
+            f" {long['seqlen']:,} positions of S4D, batch 1: {long['forward']['peak_gb']:.1f} GB forward, "
+            f"{long['forward_backward']['peak_gb']:.1f} GB with gradients."
+        )
+    return "\n".join(lines) + "\n\n" + text
 
 
 if __name__ == "__main__":
