@@ -1,4 +1,4 @@
-"""The command line: seqlib-lra prepare | train | evaluate | baselines | suite | table."""
+"""The command line: seqlib-lra prepare | train | evaluate | baselines | suite | speed | table."""
 
 from __future__ import annotations
 
@@ -130,6 +130,23 @@ def suite(
     from .suite import run_suite
 
     run_suite(tier, mixers=mixer, seeds=seeds, minutes=minutes, folder=output, console=Console())
+
+
+@app.command()
+def speed(
+    peer: Annotated[
+        Path | None, typer.Option("--peer-s4", help="Checkout of state-spaces/s4; needs einops and scipy.")
+    ] = None,
+    long: Annotated[bool, typer.Option(help="Also one sequence of 1,048,576 positions (24 GB).")] = True,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 7,
+    budget: Annotated[float, typer.Option(help="Seconds for each contender and comparison.")] = 60.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Time state-space layers beside the code that published them, checked for equal results first."""
+    from .speed import LONG, bench_state_spaces, show_state_spaces
+
+    found = bench_state_spaces(peer, long=LONG if long else None, repeats=repeats, budget=budget)
+    show_state_spaces(found, json_file, Console())
 
 
 @app.command()
