@@ -332,7 +332,7 @@ def test_suite_ranks_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("kind", sorted(MIXERS.keys() - {"sum"}))
 def test_every_mixer_has_a_size_for_the_suite(kind: str) -> None:
     for d_model in (16, 64):
-        (config,) = suite.named_mixers([kind], d_model).values()
+        ((config,),) = suite.named_mixers([kind], d_model).values()
         mixer = build_mixer(config, d_model)
         assert mixer.state_bytes(1, 64) < 1 << 20
 
