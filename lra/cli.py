@@ -121,15 +121,23 @@ def evaluate(
 @app.command()
 def suite(
     tier: Annotated[str, typer.Argument(help="smoke (a minute), quick (15 minutes on two cores) or long.")] = "quick",
-    mixer: Annotated[list[str] | None, typer.Option(help="Kinds to rank, or JSON; default: all there are.")] = None,
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Kinds to rank, "gated_conv based" for layers in turn, or JSON; default: some of each family.'
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs per task and mixer.")] = 1,
-    minutes: Annotated[float | None, typer.Option(help="No run begins after this long.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="No run begins after this long; default: the tier's, per seed.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder; finished runs in it are kept.")] = Path("runs/suite"),
+    processes: Annotated[int, typer.Option(help="Runs at a time, each on one thread if there are several.")] = 2,
 ) -> None:
     """Rank mixers on recall and state tracking: accuracy, steps to 90 %, state size, longer sequences."""
     from .suite import run_suite
 
-    run_suite(tier, mixers=mixer, seeds=seeds, minutes=minutes, folder=output, console=Console())
+    run_suite(tier, mixers=mixer, seeds=seeds, minutes=minutes, folder=output, console=Console(), processes=processes)
 
 
 @app.command()
