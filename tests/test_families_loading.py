@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import seqlib
 from seqlib.errors import CheckpointMismatch, ConfigError
 from seqlib.hf import SeqlibConfig, SeqlibForCausalLM, SeqlibForSequenceClassification
+from seqlib.hf.families import recognise
 from seqlib.hf.files import WeightFiles
 
 TINY = {"hidden_size": 32, "state_size": 6, "num_hidden_layers": 2}
@@ -330,6 +331,49 @@ def test_xlstm_with_joined_weights(tmp_path: Path) -> None:
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     rewrite(tmp_path, weight_mode="fused")
     assert torch.equal(logits(seqlib.from_pretrained(tmp_path)), want)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            {
+                **{"model_type": "minimax_text_01", "attn_type_list": [0, 1], "num_hidden_layers": 2, "rotary_dim": 8},
+                **{"layernorm_linear_attention_alpha": 3.5, "layernorm_full_attention_beta": 0.5, "postnorm": True},
+                **{"head_dim": 16, "rope_theta": 1e7, "layernorm_mlp_alpha": 3.0},
+            },
+            {
+                **{"model_type": "minimax", "layer_types": ["linear_attention", "full_attention"], "head_dim": 16},
+                **{"num_hidden_layers": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e7}},
+                **{
+                    "linear_attn_alpha_factor": 3.5,
+                    "full_attn_beta_factor": 0.5,
+                    "mlp_alpha_factor": 3.0,
+                    "rotary_dim": 8,
+                },
+            },
+        ),
+        (
+            {"model_type": "zamba2", "hidden_size": 64, "mamba_headdim": 16, "lora_rank": 7, "num_mem_blocks": 2},
+            {"model_type": "zamba2", "hidden_size": 64, "n_mamba_heads": 8, "adapter_rank": 7, "num_mem_blocks": 2},
+        ),
+        (
+            {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*E", "mamba_d_conv": 3, "mamba_n_groups": 4},
+            {
+                **{"model_type": "nemotron_h", "conv_kernel": 3, "n_groups": 4},
+                "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"],
+            },
+        ),
+    ],
+)
+def test_older_names_of_fields_mean_the_same(old: dict, new: dict) -> None:
+    made = []
+    for values in (old, new):
+        family, full = recognise("test", values)
+        made.append(SeqlibConfig(**family.config(full, "authors")))
+    assert made[0].backbone == made[1].backbone
+    if old["model_type"].startswith("minimax"):
+        assert made[0].backbone.mixers["a"].rotary_fraction == 0.5
 
 
 def test_checkpoints_of_ours_open_as_what_they_were(mamba: Path, tmp_path: Path) -> None:
