@@ -141,10 +141,10 @@ def _sweep(report: dict[str, Any]) -> str:
         sizes = [f"{row[key]:,}" for key in ("d_mlp", "parameters", "state_bytes")]
         lines.append("| " + " | ".join([row["mixer"], f"{row['bits_per_byte']:.3f}", over, *sizes]) + " |")
     return (
-        f"Every mixer in the same model: d_model {recipe['d_model']}, {recipe['n_layer']} layers, an MLP whose width makes "
-        f"sizes equal, {recipe['steps']} steps of {recipe['batch_size']} x {recipe['seqlen']} bytes of Python's standard "
-        f"library, one seed and one learning rate ({recipe['learning_rate']:g}). Bits per byte on held-out files, lower is "
-        "better.\n\n" + "\n".join(lines)
+        f"Every mixer in the same model: d_model {recipe['d_model']}, {recipe['n_layer']} layers, an MLP whose width "
+        f"makes sizes equal, {recipe['steps']} steps of {recipe['batch_size']} x {recipe['seqlen']} bytes of Python's "
+        f"standard library, one seed and one learning rate ({recipe['learning_rate']:g}). Bits per byte on held-out "
+        "files, lower is better.\n\n" + "\n".join(lines)
     )
 
 
