@@ -28,6 +28,7 @@ __all__ = [
     "Facts",
     "Impl",
     "Op",
+    "Verdict",
     "explain",
     "preferred",
     "resolve",
@@ -70,6 +71,7 @@ class Impl:
         grad: whether it is differentiable.
         refuses: features it does not support.
         by_name_only: never chosen by auto.
+        gate: "module:function" from facts to a Verdict, asked last: whether results on this very device are right.
     """
 
     name: str
@@ -82,6 +84,14 @@ class Impl:
     grad: bool = True
     refuses: frozenset[str] = frozenset()
     by_name_only: bool = False
+    gate: str = ""
+
+
+class Verdict(NamedTuple):
+    """What a gate says: why the row must not run, if so, and in a few words what runs."""
+
+    refusal: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ def explain(op_name: str, *tensors: Any, form: str = "auto", backend: str = "aut
     reasons = {id(r.impl): r.reason for r in choice.refused} if choice else {}
     for impl in op.impls:
         if choice and impl is choice.impl:
-            note = "runs"
+            note = f"runs {_load(impl.gate)(facts).note}" if impl.gate else "runs"
         elif id(impl) in reasons:
             note = f"refused: {reasons[id(impl)]}"
         else:
@@ -269,6 +279,10 @@ def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None
         reason = _probe(need)
         if reason:
             return Refusal(impl, reason, broken=True)
+    if impl.gate:
+        reason = _judge(impl.gate, *facts)
+        if reason:
+            return Refusal(impl, reason, broken=True)
     return None
 
 
@@ -278,6 +292,11 @@ def _probe(need: str) -> str | None:
     if need not in _probed:
         _probed[need] = _why_missing(need)
     return _probed[need]
+
+
+@torch.compiler.assume_constant_result
+def _judge(gate: str, *facts: Any) -> str | None:
+    return _load(gate)(Facts(*facts)).refusal
 
 
 def _why_missing(need: str) -> str | None:
