@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,8 +39,7 @@ def _pair(n_layer: int) -> tuple[nn.Module, nn.Module]:
     """A Mamba of 130M geometry with random weights: ours, and transformers' with the very same weights."""
     from transformers import MambaConfig, MambaForCausalLM
 
-    from seqlib.hf import SeqlibConfig, SeqlibForCausalLM
-    from seqlib.hf.convert import config_from_mamba, weights_from_mamba
+    from seqlib import from_pretrained
 
     torch.manual_seed(0)
     config = MambaConfig(hidden_size=768, num_hidden_layers=n_layer, vocab_size=50280)
@@ -48,9 +48,9 @@ def _pair(n_layer: int) -> tuple[nn.Module, nn.Module]:
     for name, parameter in theirs.named_parameters():
         if parameter.dim() == 2 and not name.endswith("A_log"):
             nn.init.normal_(parameter, std=0.02)
-    ours = SeqlibForCausalLM(SeqlibConfig(**config_from_mamba(config.to_dict()))).eval()
-    ours.load_state_dict(weights_from_mamba(theirs.state_dict()))
-    return ours, theirs
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return from_pretrained(folder), theirs
 
 
 def bench_mamba(

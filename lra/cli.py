@@ -68,7 +68,8 @@ def train(
     processes: Processes = 2,
 ) -> None:
     """Train a recipe with one or more seeds, or continue what was interrupted."""
-    from . import train as training
+    from . import seeds as training
+    from .train import DataSource
 
     console = Console()
     if resume is not None:
@@ -80,7 +81,7 @@ def train(
         if task is None or output is None:
             raise ConfigError("say what to train and where it goes: seqlib-lra train TASK --output FOLDER")
         chosen = training.configure(recipe, task, settings or [], mixer, protocol)
-        source = training.DataSource(
+        source = DataSource(
             None if data is None else str(data), any_size, None if cache is None else str(cache), processes
         )
         count, folder = seeds, output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import statistics
@@ -16,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.mixers import MIXERS, mixer_config
+from seqlib.hf.runs import read_metrics, write_aside
+from seqlib.mixers import MIXERS, mixer_config, sized
 
 from .evaluate import score_recall
 from .recall import get_recall, make_batch
 from .recipes import Recipe
 from .report import load_model
-from .runs import read_metrics, write_aside
 from .train import DataSource, train
 
 __all__ = ["TIERS", "Tier", "Trial", "run_suite"]
@@ -146,22 +145,6 @@ def named_mixers(wanted: Sequence[str], d_model: int) -> dict[str, dict[str, Any
         shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for k, v in config.items())
         found[shown] = sized(mixer_config(config).to_dict(), d_model)
     return found
-
-
-def sized(config: dict[str, Any], d_model: int) -> dict[str, Any]:
-    """Two heads that share d_model, and windows shorter than the sequences; defaults are made for large models."""
-    kind = config["kind"]
-    fields = {f.name: f.default for f in dataclasses.fields(MIXERS[kind].Config)}
-    wanted: dict[str, Any] = {}
-    if "nheads" in fields:
-        wanted["nheads"] = 2
-        if isinstance(fields.get("headdim"), int):
-            wanted["headdim"] = None
-    elif "headdim" in fields:
-        wanted["headdim"] = d_model  # of twice as many channels
-    if kind == "sliding_attention":
-        wanted["window"] = 16
-    return wanted | config
 
 
 def _run(

@@ -143,9 +143,9 @@ def _units(target: str) -> Iterator[tuple[Path, list[str]]]:
     common = manifest[target]["flags"]
     for name in manifest[target]["sources"]:
         yield root / name, common
-    for name in manifest[target]["kernels"]:
-        for isa, machines in manifest[target]["isa"].items():
-            if platform.machine() in machines["machines"] or "any" in machines["machines"]:
+    for isa, machines in manifest[target]["isa"].items():
+        if platform.machine() in machines["machines"] or "any" in machines["machines"]:
+            for name in machines.get("kernels", manifest[target]["kernels"]):
                 yield root / name, [*common, f"-DSEQLIB_ISA={isa}", *machines["flags"]]
 
 

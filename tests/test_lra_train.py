@@ -13,13 +13,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from seqlib.errors import ConfigError, SeqlibError
-from seqlib.lra import cli, leaderboard, report, suite
+from seqlib.hf.runs import override, read_metrics
+from seqlib.lra import cli, leaderboard, report, seeds, suite
 from seqlib.lra import train as training
 from seqlib.lra.evaluate import collate, invariance, score_examples, score_recall, wilson
 from seqlib.lra.published import PUBLISHED
 from seqlib.lra.recall import RECALL, Stream, make_batch
 from seqlib.lra.recipes import Recipe, find_recipe
-from seqlib.lra.runs import override, read_metrics
 from seqlib.lra.scores import GROUPS, rows
 from seqlib.lra.store import Examples
 from seqlib.lra.synthetic import Batch
@@ -34,7 +34,7 @@ def source(folder: Path) -> training.DataSource:
 
 
 def tiny(task: str, *settings: str, mixer: str | None = None) -> Recipe:
-    return training.configure("tiny", task, settings, mixer, None)
+    return seeds.configure("tiny", task, settings, mixer, None)
 
 
 class Kill(TrainerCallback):
@@ -90,9 +90,9 @@ def test_run_folder_tells_everything_and_loads_with_auto_classes(tmp_path: Path)
 
 def test_seeds_are_summed_up_and_finished_ones_kept(tmp_path: Path) -> None:
     recipe = tiny("parity", "steps=4")
-    first = training.train_seeds(recipe, source(tmp_path), tmp_path / "r", [0], console=QUIET)
+    first = seeds.train_seeds(recipe, source(tmp_path), tmp_path / "r", [0], console=QUIET)
     stamp = (tmp_path / "r" / "seed-0" / "result.json").stat().st_mtime_ns
-    both = training.train_seeds(recipe, source(tmp_path), tmp_path / "r", [0, 1], console=QUIET)
+    both = seeds.train_seeds(recipe, source(tmp_path), tmp_path / "r", [0, 1], console=QUIET)
     assert (tmp_path / "r" / "seed-0" / "result.json").stat().st_mtime_ns == stamp
     assert both["accuracies"][0] == first["mean"] and both["mean"] == pytest.approx(np.mean(both["accuracies"]))
     assert first["std"] is None and both["std"] == pytest.approx(np.std(both["accuracies"], ddof=1))
@@ -252,8 +252,8 @@ def test_settings_change_recipes() -> None:
     assert recipe.mixers == {"m": {"kind": "mamba", "d_state": 4}}
     for wrong, message in {
         "step=3": "did you mean steps",
-        "steps=x": "not of type int",
-        "steps": "FIELD=VALUE",
+        "steps=x": "is not int",
+        "steps": "key=value",
     }.items():
         with pytest.raises(ConfigError, match=message):
             override(recipe, [wrong])
@@ -287,7 +287,7 @@ def test_published_averages_recompute() -> None:
 
 
 def test_table_holds_published_and_own_rows(tmp_path: Path) -> None:
-    training.train_seeds(tiny("listops", "steps=4"), source(tmp_path), tmp_path / "mine", [0, 1], console=QUIET)
+    seeds.train_seeds(tiny("listops", "steps=4"), source(tmp_path), tmp_path / "mine", [0, 1], console=QUIET)
     leaderboard.show([tmp_path / "mine"], None, tmp_path / "out", QUIET)
     written = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert set(written) == {"table.txt", "table.md", "table.json", "table.png"}

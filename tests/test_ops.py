@@ -23,6 +23,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 # Largest absolute error on outputs of unit scale, and on gradients relative to their largest entry.
 ABSOLUTE = {torch.float64: 1e-10, torch.float32: 1e-5}
 GRADIENT = {torch.float64: 1e-10, torch.float32: 1e-4}
+# Ops whose kernels multiply 16-bit numbers where the machine can.
+BF16_OPS = ("linear_attention",)
 # Relative RMS error of 16-bit results against the reference on the same rounded inputs.
 RMS, RMS_GRADIENT = 6e-3, 1e-2
 
@@ -41,7 +43,9 @@ def _grid():
                     if impl.name == "reference" and dtype == torch.float64:
                         continue
                     if impl.needs == ("native",):
-                        for isa in ("avx512", "avx2", "portable"):
+                        for isa in ("avx512bf16", "avx512", "avx2", "portable"):
+                            if isa == "avx512bf16" and (dtype != torch.bfloat16 or name not in BF16_OPS):
+                                continue
                             yield pytest.param(
                                 op, impl, case, dtype, isa, id=f"{name}-{impl.name}-{case.name}-{_short(dtype)}-{isa}"
                             )

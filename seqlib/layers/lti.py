@@ -20,7 +20,7 @@ from seqlib.ops.ssm_kernel import (
 from seqlib.ops.ssm_kernel.dense import DenseSSM
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["Diagonal", "LowRank", "Recurrence", "continue_span"]
+__all__ = ["Diagonal", "LowRank", "Recurrence", "add_carried", "continue_span"]
 
 
 class Recurrence(Protocol):
@@ -128,7 +128,7 @@ def continue_span(
         if state is None:
             return y, final
         steps = torch.full((batch,), seqlen, device=x.device)
-        return y + system.outputs(state, seqlen).to(y.dtype), final + system.advance(state, steps)
+        return add_carried(y, system.outputs(state, seqlen), None), final + system.advance(state, steps)
     real = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device)
     if seq.padding_mask is not None:
         real = seq.padding_mask
@@ -140,8 +140,20 @@ def continue_span(
     final = system.final(u)
     if state is None:
         return y, final
-    at = seq.positions(batch, seqlen, x.device)[..., None].expand_as(x)
-    added = system.outputs(state, seqlen).to(y.dtype).gather(1, at)
-    y = y + added.masked_fill(~(real & (document == 0))[..., None], 0)
+    y = add_carried(y, system.outputs(state, seqlen), seq)
     forgotten = (document[:, -1] > 0).view(-1, *[1] * (state.dim() - 1))
     return y, final + system.advance(state, last.sum(1)).masked_fill(forgotten, 0)
+
+
+def add_carried(y: Tensor, added: Tensor, seq: SequenceInfo | None) -> Tensor:
+    """y (batch, seqlen, d) plus what a state adds: added[:, i] to the i-th real token of the document it belongs to."""
+    added = added.to(y.dtype)
+    if seq is None or seq.shape is None:
+        return y + added
+    added = added.gather(1, seq.positions(y.shape[0], y.shape[1], y.device)[..., None].expand_as(y))
+    for elsewhere in (
+        None if seq.padding_mask is None else ~seq.padding_mask,
+        None if seq.document_ids is None else seq.document_ids > 0,
+    ):
+        added = added if elsewhere is None else added.masked_fill(elsewhere[..., None], 0)
+    return y + added

@@ -27,6 +27,9 @@ class SumConfig(MixerConfig):
     """At least two, as configs or as plain values with a `kind`."""
     gate: bool = False
     """Weigh each mixer by a sigmoid of the input; otherwise they are simply added."""
+    in_scales: tuple[float, ...] | None = None
+    out_scales: tuple[float, ...] | None = None
+    """Factors of what each mixer reads and gives (Falcon-H1); None is 1."""
 
     def __post_init__(self) -> None:
         from seqlib.mixers import mixer_config  # the table of all mixers, this one included
@@ -34,6 +37,12 @@ class SumConfig(MixerConfig):
         if isinstance(self.mixers, Mapping) or len(self.mixers) < 2:
             raise ConfigError(f"sum: mixers must be a list of at least two configs, got {self.mixers!r}")
         object.__setattr__(self, "mixers", tuple(mixer_config(m) for m in self.mixers))
+        for name in ("in_scales", "out_scales"):
+            scales = getattr(self, name)
+            if scales is not None:
+                object.__setattr__(self, name, tuple(scales))
+                if len(scales) != len(self.mixers):
+                    raise ConfigError(f"sum: {name} must have one factor per mixer, got {scales}")
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"mixers": [m.to_dict() for m in self.mixers]}
@@ -89,11 +98,13 @@ class Sum(Mixer[SumConfig]):
     ) -> tuple[Tensor, SumState]:
         self.check(x, seq)
         states = (None,) * len(self.mixers) if state is None else state.states
-        ys, after = zip(*(mixer(x, before, seq) for mixer, before in zip(self._each(), states, strict=True)))
+        inputs = zip(self._each(), self._inputs(x), states, strict=True)
+        ys, after = zip(*(mixer(part, before, seq) for mixer, part, before in inputs))
         return self._add(ys, x), SumState(after)
 
     def step(self, x: Tensor, state: SumState) -> tuple[Tensor, SumState]:
-        ys, after = zip(*(mixer.step(x, before) for mixer, before in zip(self._each(), state.states, strict=True)))
+        inputs = zip(self._each(), self._inputs(x), state.states, strict=True)
+        ys, after = zip(*(mixer.step(part, before) for mixer, part, before in inputs))
         return self._add(ys, x), SumState(after)
 
     def initial_state(
@@ -111,7 +122,13 @@ class Sum(Mixer[SumConfig]):
     def _each(self) -> list[Mixer]:
         return list(self.mixers)  # type: ignore[arg-type]
 
+    def _inputs(self, x: Tensor) -> list[Tensor]:
+        scales = self.config.in_scales or (1.0,) * len(self.mixers)
+        return [x if scale == 1 else x * scale for scale in scales]
+
     def _add(self, ys: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        if self.config.out_scales is not None:
+            ys = tuple(y * scale for y, scale in zip(ys, self.config.out_scales))
         if self.gate is None:
             return torch.stack(ys).sum(0)
         weights = torch.sigmoid(self.gate(x)).unsqueeze(-1).unbind(-2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
-from seqlib.layers.lti import Recurrence, continue_span
+from seqlib.layers.lti import Diagonal, Recurrence, continue_span
 from seqlib.layers.readout import Readout
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.ops import long_conv
@@ -50,6 +50,7 @@ class SSMConfig(ConvConfig):
 
     d_state: int = 64
     """Real states per channel; complex ones come in conjugate pairs, so half as many are stored. Even."""
+    pairs: ClassVar[bool] = True
     n_ssm: int = 1
     """Different A and B among the channels; channel i has number i % n_ssm."""
     dt_min: float = 1e-3
@@ -62,7 +63,7 @@ class SSMConfig(ConvConfig):
 
     def __post_init__(self) -> None:
         positive(self, "d_state", "n_ssm")
-        if self.d_state % 2:
+        if self.pairs and self.d_state % 2:
             raise ConfigError(f"{self.kind}: d_state must be even (conjugate pairs), got {self.d_state}")
         if not 0 < self.dt_min <= self.dt_max:
             raise ConfigError(f"{self.kind}: need 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
@@ -129,7 +130,8 @@ class TimeInvariant(Mixer[C]):
         c = self.config
         low, high = math.log(c.dt_min), math.log(c.dt_max)
         log_dt = torch.rand(self.d_model, device=self.D.device).mul(high - low).add(low)
-        fill_(self.inv_dt, log_dt if c.dt_transform == "exp" else torch.log(torch.expm1(log_dt.exp())))
+        start = log_dt if c.dt_transform == "exp" else torch.log(torch.expm1(log_dt.exp()))
+        fill_(self.inv_dt, start.view(-1, *[1] * (self.inv_dt.dim() - 1)))
         normal_(self.D, 1.0)
         self.readout.reset_parameters()
 
@@ -157,6 +159,23 @@ class TimeInvariant(Mixer[C]):
             return self.readout(y), NoState()
         y, ssm = continue_span(self.system(), x, y, None if state is None else state.ssm, seq)
         return self.readout(y), SSMState(ssm)
+
+    def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+        decay, B_bar, C = self._kept("step", self.rate, self.sources(), self._recurrence)
+        u = x.to(wide_dtype(self.D))
+        h = as_real(state.ssm.mul_(decay)).addcmul_(B_bar, u[..., None])
+        return self.readout(((h * C).sum(-1) + self.D * u).to(x.dtype)), state
+
+    def _recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Decays in the dtype of the state, and B_bar and C as real numbers, for diagonal systems."""
+        _, dtype = self.state_shape()
+        system = self.make_system()
+        assert isinstance(system, Diagonal)
+        C = (2 if system.pairs else 1) * system.C.detach().to(dtype)
+        if dtype.is_complex:
+            C = C.conj().resolve_conj()
+        B_bar = system.B_bar.detach().to(dtype)
+        return system.log_decay.detach().exp().to(dtype), as_real(B_bar), as_real(C)
 
     def kernel(self, length: int) -> Tensor:
         if length * self.d_model > KEEP:

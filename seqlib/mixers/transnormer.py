@@ -89,8 +89,9 @@ class DiagAttention(Attention):
     def step(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
         full = state.length == self._block
         state.length.masked_fill_(full, 0)
-        for kept in (state.k, state.v):
-            kept.masked_fill_(full[:, None, None, None], 0)
+        for kept in (state.k, state.v, state.log_decay):
+            if kept is not None:
+                kept[full] = 0
         return super().step(x, state)
 
     @property

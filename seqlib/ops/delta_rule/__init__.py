@@ -9,9 +9,10 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
+from seqlib.ops.delta_rule.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "delta_rule", "step"]
+__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "delta_rule", "step", "summarize"]
 
 _HERE = "seqlib.ops.delta_rule"
 _NATIVE_STATE = 256

@@ -40,7 +40,7 @@ IMPLS = (
         "native",
         "chunked",
         f"{_HERE}.native_impl:linear_attention",
-        refuses=frozenset({"chunk_size", "decay per channel"}),
+        refuses=frozenset({"chunk_size"}),
         **_NATIVE,
     ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
