@@ -29,6 +29,7 @@ __all__ = [
     "Facts",
     "Impl",
     "Op",
+    "Verdict",
     "explain",
     "preferred",
     "resolve",
@@ -72,6 +73,7 @@ class Impl:
         refuses: features it does not support.
         by_name_only: never chosen by auto.
         auto_limits: as `limits`, for a row that takes the call but is the slower one; a form asked for by name runs.
+        gate: "module:function" from facts to a Verdict, asked last: whether results on this very device are right.
     """
 
     name: str
@@ -85,6 +87,14 @@ class Impl:
     refuses: frozenset[str] = frozenset()
     by_name_only: bool = False
     auto_limits: Callable[[Facts], str | None] | None = None
+    gate: str = ""
+
+
+class Verdict(NamedTuple):
+    """What a gate says: why the row must not run, if so, and in a few words what runs."""
+
+    refusal: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,6 +221,7 @@ def explain(op_name: str, *tensors: Any, form: str = "auto", backend: str = "aut
     for impl in op.impls:
         if choice and impl is choice.impl:
             note = f"runs, loops for {torch.ops.seqlib.isa(None)}" if "native" in impl.needs else "runs"
+            note += f" {_load(impl.gate)(facts).note}" if impl.gate else ""
         elif id(impl) in reasons:
             note = f"refused: {reasons[id(impl)]}"
         else:
@@ -274,6 +285,10 @@ def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None
         reason = _probe(need)
         if reason:
             return Refusal(impl, reason, broken=True)
+    if impl.gate:
+        reason = _judge(impl.gate, *facts)
+        if reason:
+            return Refusal(impl, reason, broken=True)
     return None
 
 
@@ -283,6 +298,11 @@ def _probe(need: str) -> str | None:
     if need not in _probed:
         _probed[need] = _why_missing(need)
     return _probed[need]
+
+
+@torch.compiler.assume_constant_result
+def _judge(gate: str, *facts: Any) -> str | None:
+    return _load(gate)(Facts(*facts)).refusal
 
 
 def _why_missing(need: str) -> str | None:

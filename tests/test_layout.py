@@ -100,11 +100,10 @@ def test_third_party_stays_in_its_rooms() -> None:
             top = name.split(".")[0]
             if top in sys.stdlib_module_names or top == "seqlib":
                 continue
-            optional = path.stem in ("triton_impl", "vendor_impl") and top in (
-                "triton",
-                "mamba_ssm",
-                "causal_conv1d",
-                "flash_attn",
+            optional = (
+                top in ("mamba_ssm", "causal_conv1d", "flash_attn")
+                if path.stem == "vendor_impl"
+                else top == "triton" and path.stem.startswith("triton_")
             )
             if not optional and room not in THIRD_PARTY.get(top, set()):
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
