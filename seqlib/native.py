@@ -166,7 +166,9 @@ def _nvcc() -> str:
     for name in filter(None, (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc")):
         if path := shutil.which(name):
             return path
-    raise NativeUnavailable("no nvcc on the path, in CUDA_HOME or in CUDACXX; install the CUDA toolkit for the GPU kernels")
+    raise NativeUnavailable(
+        "no nvcc on the path, in CUDA_HOME or in CUDACXX; install the CUDA toolkit for the GPU kernels"
+    )
 
 
 @functools.cache
@@ -304,7 +306,9 @@ def _main() -> None:
             library = build(options.target, _PREBUILT, arch)
         except NativeUnavailable as error:
             sys.exit(str(error))
-        wanted = library.with_name(_name(options.target, "", arch or (device_arch() if options.target == "cuda" else ())))
+        wanted = library.with_name(
+            _name(options.target, "", arch or (device_arch() if options.target == "cuda" else ()))
+        )
         os.replace(library, wanted)
         print(wanted)
         if arch:
