@@ -100,7 +100,7 @@ SEQLIB_DEVICE float sum_taps(const float (&tap)[W][V], const float (&past)[W - 1
 }
 
 template <int W>
-SEQLIB_GLOBAL(kThreads, 4) conv_forward(const ConvArgs a) {
+SEQLIB_GLOBAL(kThreads, W <= 4 ? 4 : 2) conv_forward(const ConvArgs a) {
   const Walk w(a);
   float tap[W][V], bias[V], past[W - 1][V];
   load_taps<W>(a, w, tap, bias);
@@ -109,8 +109,7 @@ SEQLIB_GLOBAL(kThreads, 4) conv_forward(const ConvArgs a) {
     float x[8][V];  // in flight together
     SEQLIB_UNROLL
     for (int j = 0; j < 8; ++j) {
-      clear(x[j]);
-      if (first + j < w.end) load<V>(a.x.data, a.x.dtype, at(a.x, w, first + j), w.valid, x[j]);
+      load<V>(a.x.data, a.x.dtype, at(a.x, w, first + j), first + j < w.end ? w.valid : 0, x[j]);
     }
     SEQLIB_UNROLL
     for (int j = 0; j < 8; ++j) {
@@ -184,10 +183,8 @@ struct Gradient {
   }
 
   // One real token; `own` is false beyond the end of the walk, where only gradients of earlier inputs are completed.
-  SEQLIB_DEVICE void step(const ConvArgs& a, const Walk& w, int64_t t, bool own) {
-    float x[V], dy[V], newest[V];
-    load<V>(a.x.data, a.x.dtype, at(a.x, w, t), w.valid, x);
-    load<V>(a.dy.data, a.dy.dtype, at(a.dy, w, t), w.valid, dy);
+  SEQLIB_DEVICE void step(const ConvArgs& a, const Walk& w, int64_t t, const float (&x)[V], const float (&dy)[V], bool own) {
+    float newest[V];
     SEQLIB_UNROLL
     for (int i = 0; i < V; ++i) {
       const float sum = sum_taps<W>(tap, past, x[i], bias[i], i, a.width);
@@ -219,22 +216,36 @@ SEQLIB_GLOBAL(kThreads, 2) conv_backward(const ConvArgs a) {
   SEQLIB_UNROLL
   for (int k = 0; k <= W; ++k) clear(g.dtap[k]);
   int64_t last = -1;
-  for (int64_t t = w.begin; t < w.end; ++t) {
-    const int32_t link = before(a, w.row, t);
-    if (link == link_pad) {
-      const float zero[V] = {};
-      store<V>(a.dx, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, w.valid, zero);
-      continue;
+  for (int64_t first = w.begin; first < w.end; first += 4) {
+    float x[4][V], dy[4][V];  // in flight together
+    SEQLIB_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int valid = first + j < w.end ? w.valid : 0;
+      load<V>(a.x.data, a.x.dtype, at(a.x, w, first + j), valid, x[j]);
+      load<V>(a.dy.data, a.dy.dtype, at(a.dy, w, first + j), valid, dy[j]);
     }
-    if (last < 0) g.begin(a, w, t);
-    else if (link == link_fresh) g.release_all(a, w);
-    g.step(a, w, t, true);
-    last = t;
+    SEQLIB_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int64_t t = first + j;
+      const int32_t link = t < w.end ? before(a, w.row, t) : link_pad;
+      if (link != link_pad) {
+        if (last < 0) g.begin(a, w, t);
+        else if (link == link_fresh) g.release_all(a, w);
+        g.step(a, w, t, x[j], dy[j], true);
+        last = t;
+      } else if (t < w.end) {
+        const float zero[V] = {};
+        store<V>(a.dx, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, w.valid, zero);
+      }
+    }
   }
   if (last >= 0) {
     int32_t t = after(a, w.row, last);
     for (int k = 1; k < a.width && t >= 0; ++k) {
-      g.step(a, w, t, false);
+      float x[V], dy[V];
+      load<V>(a.x.data, a.x.dtype, at(a.x, w, t), w.valid, x);
+      load<V>(a.dy.data, a.dy.dtype, at(a.dy, w, t), w.valid, dy);
+      g.step(a, w, t, x, dy, false);
       t = after(a, w.row, t);
     }
     g.release_all(a, w);

@@ -194,7 +194,7 @@ SEQLIB_DEVICE void load(const void* data, Dtype dtype, int64_t at, int valid, fl
   switch (dtype) {
     case Dtype::f32: return load<V>(static_cast<const float*>(data) + at, valid, v);
     case Dtype::bf16: return load<V>(static_cast<const bf16*>(data) + at, valid, v);
-    case Dtype::f16: return load<V>(static_cast<const f16*>(data) + at, valid, v);
+    default: return load<V>(static_cast<const f16*>(data) + at, valid, v);
   }
 }
 
@@ -203,7 +203,7 @@ SEQLIB_DEVICE void store(void* data, Dtype dtype, int64_t at, int valid, const f
   switch (dtype) {
     case Dtype::f32: return store<V>(static_cast<float*>(data) + at, valid, v);
     case Dtype::bf16: return store<V>(static_cast<bf16*>(data) + at, valid, v);
-    case Dtype::f16: return store<V>(static_cast<f16*>(data) + at, valid, v);
+    default: return store<V>(static_cast<f16*>(data) + at, valid, v);
   }
 }
 

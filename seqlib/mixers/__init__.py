@@ -147,6 +147,7 @@ def sized(config: Mapping[str, Any], d_model: int, *, headdim: int = 32, window:
             wanted["headdim"] = None
     elif "headdim" in fields:
         wanted["headdim"] = min(2 * headdim, d_model)  # of twice as many channels
-    if "window" in fields and fields["window"] is not None:
-        wanted["window"] = window
+    for name in ("window", "chunk_size"):
+        if fields.get(name) is not None:
+            wanted[name] = window
     return wanted | dict(config)
