@@ -13,9 +13,9 @@ HEAD = """# Benchmarks
 
 Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench OPS --json FILE`,
 `seqlib-lm bench mamba-130m --json FILE` or `seqlib-lra speed --peer-s4 DIR --json FILE`; this page is written by
-`python -m seqlib.bench.markdown docs`. Ratios compare runs that took turns in one process. Processor time of one core is
-steadier than wall time where neighbours share the machine. Freed memory is kept by the process (glibc's mallopt), for
-all contenders alike.
+`python -m seqlib.bench.markdown docs`. Ratios compare runs that took turns in one process. Processor time of one core
+is steadier than wall time where neighbours share the machine. Freed memory is kept by the process (glibc's mallopt),
+for all contenders alike.
 """
 
 
