@@ -1,4 +1,4 @@
-"""The command line: seqlib-lra prepare | train | evaluate | baselines | suite | table."""
+"""The command line: seqlib-lra prepare | train | evaluate | suite | speed | table."""
 
 from __future__ import annotations
 
@@ -138,6 +138,31 @@ def suite(
     from .suite import run_suite
 
     run_suite(tier, mixers=mixer, seeds=seeds, minutes=minutes, folder=output, console=Console(), processes=processes)
+
+
+@app.command()
+def speed(
+    task: Annotated[str, typer.Argument(help="A task of Long Range Arena.")] = "listops",
+    recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "s4d",
+    mixer: Annotated[str | None, typer.Option(help="A mixer for every layer, a kind or JSON.")] = None,
+    settings: Settings = None,
+    data: Data = None,
+    any_size: AnySize = False,
+    cache: Cache = None,
+    peer_s4: Annotated[Path | None, typer.Option(help="Checkout of github.com/state-spaces/s4, timed too.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 10,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Time reading, training and evaluating; generated tasks make a few hundred examples for it."""
+    from . import seeds
+    from .speed import measure
+    from .train import DataSource
+
+    chosen = seeds.configure(recipe, task, settings or [], mixer, None)
+    source = DataSource(None if data is None else str(data), any_size, None if cache is None else str(cache))
+    found = measure(chosen, source, peer_s4=peer_s4, repeats=repeats, console=Console())
+    if output is not None:
+        output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 @app.command()
