@@ -132,7 +132,8 @@ def generate(
 @app.command()
 def bench(
     what: Annotated[
-        list[str] | None, typer.Argument(help="Ops, or mamba-130m for whole models; none: all ops.")
+        list[str] | None,
+        typer.Argument(help="Ops; or mamba-130m for whole models, linear-family for its table; none: all ops."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for ops.")] = "float32",
@@ -142,8 +143,11 @@ def bench(
     """Time ops and models beside their peers in transformers, each checked for equal results first."""
     from seqlib.bench import report
 
-    from .bench import OP_PEERS, report_mamba
+    from .bench import OP_PEERS, report_linear_family, report_mamba
 
+    if what == ["linear-family"]:
+        report_linear_family(json_file, repeats=repeats, budget=budget)
+        return
     if what == ["mamba-130m"]:
         report_mamba(json_file, repeats=repeats, budget=budget)
         return

@@ -1,4 +1,4 @@
-"""The command line: seqlib-lra prepare | train | evaluate | suite | speed | table."""
+"""The command line: seqlib-lra prepare | train | evaluate | suite | speed | throughput | table."""
 
 from __future__ import annotations
 
@@ -142,6 +142,23 @@ def suite(
 
 @app.command()
 def speed(
+    peer: Annotated[
+        Path | None, typer.Option("--peer-s4", help="Checkout of state-spaces/s4; needs einops and scipy.")
+    ] = None,
+    long: Annotated[bool, typer.Option(help="Also one sequence of 1,048,576 positions (24 GB).")] = True,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 7,
+    budget: Annotated[float, typer.Option(help="Seconds for each contender and comparison.")] = 60.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Time state-space layers beside the code that published them, checked for equal results first."""
+    from .speed import LONG, bench_state_spaces, show_state_spaces
+
+    found = bench_state_spaces(peer, long=LONG if long else None, repeats=repeats, budget=budget)
+    show_state_spaces(found, json_file, Console())
+
+
+@app.command()
+def throughput(
     task: Annotated[str, typer.Argument(help="A task of Long Range Arena.")] = "listops",
     recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "s4d",
     mixer: Annotated[str | None, typer.Option(help="A mixer for every layer, a kind or JSON.")] = None,
@@ -149,13 +166,13 @@ def speed(
     data: Data = None,
     any_size: AnySize = False,
     cache: Cache = None,
-    peer_s4: Annotated[Path | None, typer.Option(help="Checkout of github.com/state-spaces/s4, timed too.")] = None,
+    peer_s4: Annotated[Path | None, typer.Option(help="Checkout of state-spaces/s4; needs einops and scipy.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 10,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
     """Time reading, training and evaluating; generated tasks make a few hundred examples for it."""
     from . import seeds
-    from .speed import measure
+    from .throughput import measure
     from .train import DataSource
 
     chosen = seeds.configure(recipe, task, settings or [], mixer, None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,7 +24,7 @@ def shaken(model: nn.Module, scale: float = 0.3) -> nn.Module:
             spread = 0.1 if name.endswith(("A_log", "dt_bias", "dt_proj.bias", "recurrent_param")) else scale
             if weight.dim() > 1 and not name.endswith("A_log"):
                 fan = weight.shape[-1] if "conv" not in name else 1
-                weight.copy_(noise * (1.0 if "embed" in name else fan**-0.5))
+                weight.copy_(noise * (1.0 if "embed" in name else 0.7 * fan**-0.5))
             else:
                 weight.add_(spread * noise)
         for name, buffer in model.named_buffers():
@@ -100,6 +101,32 @@ MINIMAX = {
     **{f"{part}_alpha_factor": 1.7 for part in ("linear_attn", "full_attn", "mlp")},
     **{f"{part}_beta_factor": 0.8 for part in ("linear_attn", "full_attn", "mlp")},
 }
+GEMMA = {
+    **HYBRID,
+    "num_hidden_layers": 5,
+    **{"num_key_value_heads": 1, "lru_width": 32, "head_dim": 8, "attention_window_size": 7},
+}
+DELTA = {
+    **HYBRID,
+    "num_hidden_layers": 4,
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6},
+}
+QWEN = {
+    **DELTA,
+    "head_dim": 8,
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
+    **{"decoder_sparse_step": 2, "full_attention_interval": 3},
+}
+OLMO = {**DELTA, "linear_num_value_heads": 2, "linear_value_head_dim": 12, "rope_parameters": None}
+ZAMBA = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"],
+    "intermediate_size": 40,
+    **{"mamba_d_state": 6, "n_mamba_heads": 8, "mamba_ngroups": 2, "chunk_size": 16, "adapter_rank": 5},
+}
+XLSTM = {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "chunk_size": 16}
 JAMBA = {
     **HYBRID,
     "num_hidden_layers": 4,
@@ -117,6 +144,11 @@ PORTS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "jamba-attention-experts": ("jamba", lambda: port("jamba", **JAMBA | {"expert_layer_offset": 0})),
     "bamba": ("bamba", lambda: port("bamba", **HYBRID, **SSM, attn_layer_indices=[1])),
     "bamba-pure": ("bamba", lambda: port("bamba", **HYBRID, **SSM, tie_word_embeddings=True)),
+    "zamba2": ("zamba2", lambda: port("zamba2", **ZAMBA, num_mem_blocks=1)),
+    "zamba2-two-blocks": (
+        "zamba2",
+        lambda: port("zamba2", **ZAMBA, num_mem_blocks=2, use_shared_attention_adapter=True, use_mem_rope=True),
+    ),
     "falcon_h1": ("falcon_h1", lambda: port("falcon_h1", **FALCON_H1, mamba_rms_norm=False)),
     "falcon_h1-norm": ("falcon_h1", lambda: port("falcon_h1", **FALCON_H1, mamba_rms_norm=True)),
     "falcon_h1-gate-first": (
@@ -131,15 +163,40 @@ PORTS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         lambda: port("granitemoehybrid", **GRANITE | {"num_local_experts": 0}, position_embedding_type="rope"),
     ),
     "minimax": ("minimax", lambda: port("minimax", **MINIMAX)),
+    "recurrent_gemma": ("recurrent_gemma", lambda: port("recurrent_gemma", **GEMMA)),
+    "qwen3_next": ("qwen3_next", lambda: port("qwen3_next", **QWEN)),
+    "qwen3_next-experts": ("qwen3_next", lambda: port("qwen3_next", **QWEN | {"decoder_sparse_step": 1})),
+    "olmo_hybrid": ("olmo_hybrid", lambda: port("olmo_hybrid", **OLMO)),
+    "olmo_hybrid-rope": (
+        "olmo_hybrid",
+        lambda: port("olmo_hybrid", **OLMO | {"rope_parameters": None, "rope_theta": 1e4}),
+    ),
+    "xlstm": ("xlstm", lambda: port("xlstm", **XLSTM)),
 }
 """Layout and maker by the name of the case."""
 
 
-def uncached(model: nn.Module, ids: Tensor) -> Tensor:
+def uncached(model: Any, ids: Tensor) -> Tensor:
     """Logits of one pass over rows without padding."""
     with torch.no_grad():
-        return model(ids, use_cache=False).logits
+        return model(ids, use_cache=False).logits if isinstance(model, nn.Module) else model(ids)
 
 
-def save(model: Any, folder: Path, **options: Any) -> None:
-    model.save_pretrained(folder, **options)
+def save(model: Any, folder: Path) -> None:
+    """As released: where transformers renames on saving, back to the published names."""
+    model.save_pretrained(folder)
+    if model.config.model_type == "olmo_hybrid":
+        file, c = folder / "model.safetensors", model.config
+        weights = load_file(file)
+        key = c.linear_num_key_heads * c.linear_key_head_dim
+        for i, kind in enumerate(c.layer_types):
+            prefix = f"model.layers.{i}."
+            if kind == "full_attention":
+                norm = weights.pop(prefix + "feedforward_layer_norm.weight")
+                weights[prefix + "post_attention_layernorm.weight"] = norm
+            else:
+                names = [f"{prefix}linear_attn.{part}_conv1d.weight" for part in "qkv"]
+                joined = torch.cat([weights[name] for name in names])
+                split = joined.split([key, key, len(joined) - 2 * key])
+                weights |= {name: part.clone() for name, part in zip(names, split)}
+        save_file(weights, file, metadata={"format": "pt"})

@@ -17,7 +17,16 @@ VARIANTS: dict[str, list[dict]] = {
     "mamba": [{}, {"inner_norm": "learned", "d_state": 5, "bias": True}, {"inner_norm": "plain", "conv_bias": False}],
     "mamba2": [
         {"d_state": 8, "headdim": 16, "ngroups": 2},
-        {"d_state": 5, "headdim": 8, "d_inner": 24, "norm_before_gate": True, "D_per_channel": True, "bias": True},
+        {
+            "d_state": 5,
+            "headdim": 8,
+            "d_inner": 24,
+            "norm_before_gate": True,
+            "D_per_channel": True,
+            "bias": True,
+            "out_bias": False,
+            "in_scales": [0.5, 2.0, 0.7, 1.5, 0.9],
+        },
         {"d_state": 4, "headdim": 32, "norm": False, "dt_limit_min": 0.01, "dt_limit_max": 0.02, "conv_bias": False},
     ],
     "lightning": [
@@ -40,6 +49,10 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 3, "headdim": 5, "expand_v": 1.0, "allow_neg_eigval": True, "gate_activation": "sigmoid"},
     ],
     "kda": [{"nheads": 4, "headdim": 8}, {"nheads": 2, "headdim": 6, "lower_bound": -5.0, "gate_rank": 4}],
+    "rg_lru": [{"nheads": 4}, {"nheads": 2, "d_inner": 24, "d_conv": 3}],
+    "mlstm": [{"nheads": 4}, {"nheads": 2, "expand_k": 1.0, "expand_v": 0.5, "gate_cap": 3.0}],
+    "conv_attention": [{"nheads": 4}, {"nheads": 2, "nheads_kv": 1, "d_conv": 3, "bias": True, "window": 5}],
+    "channel": [{"mlp": {"d_mlp": 20, "gated": False, "activation": "relu2"}}, {"mlp": {"d_mlp": 12, "nexperts": 3}}],
     "gated_conv": [{}, {"d_conv": 4, "expand": 1, "bias": False, "conv_bias": False}],
     "transnormer": [{"nheads": 4}, {"nheads": 2, "feature_map": "elu"}],
     "diag_attention": [
@@ -47,13 +60,26 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True},
         {"nheads": 2, "window": 4, "forget_gate": True},
     ],
-    "conv_attention": [{"nheads": 4}, {"nheads": 4, "nheads_kv": 2, "d_conv": 3, "bias": True}],
-    "channel": [{}, {"mlp": {"nexperts": 4, "top_k": 2, "d_mlp": 16, "d_shared": 8}}],
     "path": [
         {"nheads": 2},
         {"nheads": 4, "nheads_kv": 2, "w_rank": None, "d_conv": 2, "forget_gate": True, "qk_norm": True},
     ],
+    "rpe_attention": [
+        {"nheads": 4, "window": 9, "n_features": 6},
+        {"nheads": 2, "window": 70, "feature_map": "elu1", "bias": True},
+        # A bias of zero is one exponential, as long as the window reaches over every test.
+        {"nheads": 4, "window": 80, "decode": "exponentials", "n_exponentials": 2},
+    ],
+    "shared": [
+        {"mixer": {"kind": "attention", "nheads": 2}, "adapter_rank": 3},
+        {"mixer": {"kind": "mamba2", "headdim": 16, "d_state": 4}, "adapter_rank": 2, "adapted": ["in_proj"]},
+    ],
     "sum": [
+        {
+            "mixers": [{"kind": "attention", "nheads": 2, "gate": True}, {"kind": "rg_lru", "nheads": 2}],
+            "in_scales": [0.5, 2.0],
+            "out_scales": [3.0, 0.25],
+        },
         {"mixers": [{"kind": "attention", "nheads": 2}, {"kind": "mamba2", "headdim": 16, "d_state": 4}]},
         {
             "mixers": [{"kind": "gated_conv"}, {"kind": "sum", "mixers": [{"kind": "gla"}, {"kind": "mamba"}]}],
@@ -62,7 +88,8 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "attention": [
         {"nheads": 4},
-        {"nheads": 4, "nheads_kv": 2, "qk_norm": True},
+        {"nheads": 4, "nheads_kv": 2, "qk_norm": True, "gate": True},
+        {"nheads": 4, "nheads_kv": 2, "qk_norm": True, "qk_norm_joint": True},
         {"nheads": 2, "rotary": False},
         {"nheads": 4, "nheads_kv": 2, "forget_gate": True},
         {"nheads": 4, "causal": False},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -65,6 +64,9 @@ def from_pretrained(
             id_or_dir, **{name: value for name, value in options.items() if value is not None}
         )
     family, values = recognise(id_or_dir, values, ignore)
+    files = WeightFiles(id_or_dir, hub)
+    if family.look is not None:
+        values |= family.look(files.shapes)
     config = SeqlibConfig(**family.config(values, match))
     for name, value in kwargs.items():
         if name not in _FREE:
@@ -73,7 +75,6 @@ def from_pretrained(
                 f"{', '.join((*HUB_OPTIONS, *_FREE))}"
             )
         setattr(config, name, value)
-    files = WeightFiles(id_or_dir, hub)
     wanted = _dtype(dtype, values, files)
     with torch.device("meta"):
         model = modeling.SeqlibForCausalLM._from_config(config, dtype=wanted)
@@ -180,19 +181,28 @@ def _their_config(family: Family, config: SeqlibConfig) -> tuple[dict[str, Any],
                 f"{origin.get('layout') or 'a model of our own'}"
             )
         values = family.write(config)
-    again = SeqlibConfig(**family.config(values, origin.get("match", "authors")))
-    differ = [f for f in _SHAPE if getattr(again, f) != getattr(config, f)]
+    again = _network(SeqlibConfig(**family.config(values, origin.get("match", "authors"))))
+    differ = sorted(name for name, value in _network(config).items() if again.get(name) != value)
     if differ:
         raise CheckpointMismatch(f"layout {family.name!r} cannot express this model's {', '.join(differ)}")
     return dict(values), origin.get("float32", [])
 
 
-_SHAPE = [f.name for f in dataclasses.fields(SeqlibConfig().backbone)] + [
-    "vocab_size",
-    "embed_scale",
-    "logit_scale",
-    "logit_softcap",
-]
+# Fields of mixers that say how weights start.
+_START = {"backend", "dt_min", "dt_max", "dt_floor", "dt_scale", "dt_init", "A_min", "A_max", "conv_init", "init_std"}
+
+
+def _network(config: SeqlibConfig) -> dict[str, Any]:
+    """What of a config decides about logits, whatever its layers are called."""
+    backbone = config.backbone
+    found = {name: getattr(config, name) for name in ("vocab_size", "embed_scale", "logit_scale", "logit_softcap")}
+    named = ("mixers", "layer_pattern", "mlp", "blocks", "tile")
+    found |= {name: value for name, value in backbone.to_dict().items() if name not in named}
+    for i, name in enumerate(backbone.layer_pattern):
+        mixer = backbone.mixers[name].to_dict()
+        found |= {f"layer {i}: {k}": v for k, v in mixer.items() if k not in _START}
+        found |= {f"layer {i}: block {k}": v for k, v in backbone.block(i).to_dict().items()}
+    return found
 
 
 def _starred(name: str) -> str:
@@ -233,7 +243,9 @@ def _places(model: nn.Module, device_map: Any) -> dict[str, torch.device]:
     if not isinstance(device_map, Mapping):
         device_map = {"": device_map}
     if "disk" in device_map.values():
-        raise ConfigError("device_map puts modules on disk, which is not supported; give smaller weights or more memory")
+        raise ConfigError(
+            "device_map puts modules on disk, which is not supported; give smaller weights or more memory"
+        )
     return {
         name: torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
         for name, place in device_map.items()

@@ -35,11 +35,12 @@ def fit(
     Raises:
         CheckpointMismatch: what is missing, left over or of another shape, all by name.
     """
-    found: dict[tuple[str, ...], Part] = {}
+    found: list[Part] = []
     missing: dict[tuple[str, ...], list[str]] = {}
-    used, misshapen = set(), []
+    misshapen: dict[tuple[str, ...], list[str]] = {}
+    used, filled = set[str](), set[str]()
     for part in parts:
-        if part.ours in found or not all(name in ours for name in part.ours):
+        if filled & set(part.ours) or not all(name in ours for name in part.ours):
             continue
         names = tuple(next((n for n in t.split("|") if n in theirs), t.split("|")[0]) for t in part.theirs)
         absent = [name for name in names if name not in theirs]
@@ -47,22 +48,27 @@ def fit(
             missing.setdefault(part.ours, absent)
             continue
         used.update(names)
-        found[part.ours] = part = dataclasses.replace(part, theirs=names)
-        for name, wanted in zip(names, _shapes(part, [ours[name] for name in part.ours])):
-            if tuple(theirs[name]) != wanted:
-                misshapen.append(f"{name} {tuple(theirs[name])} for {wanted}")
-    placed = {name for names in (*found, *missing) for name in names}
+        wanted = _shapes(part, [ours[name] for name in part.ours])
+        wrong = [f"{n} {theirs[n]} for {shape}" for n, shape in zip(names, wanted) if theirs[n] != shape]
+        if wrong:
+            misshapen.setdefault(part.ours, wrong)
+            continue
+        filled.update(part.ours)
+        found.append(dataclasses.replace(part, theirs=names))
+    placed = filled.union(*missing, *misshapen)
     left = [name for name in theirs if name not in used and not any(re.search(p, name) for p in ignored)]
     problems = {
-        "missing": [name for key, names in missing.items() if key not in found for name in names],
+        "missing": [
+            n for key, names in missing.items() if not filled >= {*key} and key not in misshapen for n in names
+        ],
         "not part of the model": left,
-        "of another shape": misshapen,
+        "of another shape": [n for key, names in misshapen.items() if not filled >= {*key} for n in names],
         "without a place in this layout": [name for name in ours if name not in placed],
     }
     told = [f"{what}: {_some(sorted(names))}" for what, names in problems.items() if names]
     if told:
         raise CheckpointMismatch(f"{source} does not fit its config; {'; '.join(told)}")
-    return list(found.values())
+    return found
 
 
 def read(parts: Iterable[Part], ours: Mapping[str, Tensor], get: Callable[[str], Tensor]) -> None:
@@ -88,11 +94,11 @@ def write(parts: Iterable[Part], ours: Mapping[str, Tensor]) -> Iterator[tuple[s
     Raises:
         CheckpointMismatch: ours have moved where the layout has no place for them.
     """
-    written: set[tuple[str, ...]] = set()
+    written = set[str]()
     for part in parts:
-        if part.ours in written or not all(name in ours for name in part.ours):
+        if written & set(part.ours) or not all(name in ours for name in part.ours):
             continue
-        written.add(part.ours)
+        written.update(part.ours)
         mine = [ours[name].detach() for name in part.ours]
         if part.value is not None:
             if any(bool((tensor != part.value).any()) for tensor in mine):

@@ -94,7 +94,9 @@ class WeightFiles:
                 f"{path} holds more than tensors, which could run code, and is not read; ask for a safetensors file"
             ) from error
         except (RuntimeError, EOFError, AttributeError) as error:
-            raise CheckpointMismatch(f"{path} cannot be read as tensors ({error}); copy or download it again") from error
+            raise CheckpointMismatch(
+                f"{path} cannot be read as tensors ({error}); copy or download it again"
+            ) from error
         self._open[path] = held
         self.shapes.update(shapes)
         self._of.update(dict.fromkeys(shapes, path))

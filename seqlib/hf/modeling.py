@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.generation import GenerationMixin
@@ -20,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from seqlib.errors import UnsupportedInput
 from seqlib.hf.cache import SeqlibCache
+from seqlib.hf.card import Card
 from seqlib.hf.configuration import SeqlibConfig
 from seqlib.hf.inputs import padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
@@ -34,6 +37,7 @@ from seqlib.mixers import Mixer
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
 from seqlib.models.heads import Embedding, NumberEmbedding, finish_logits, lm_loss, pool
+from seqlib.models.shared import LowRank, SharedTransformer, SharedUse
 from seqlib.sequence import StateList
 
 __all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
@@ -49,6 +53,8 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012 - instance attributes of the base class
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": Block}  # noqa: RUF012
+    card: Card | None = None
+    """What the model card says beside the config; set it before saving or pushing."""
     _is_stateful = False  # our caches take rejected tokens back, so generate() may speculate
 
     @classmethod
@@ -61,6 +67,22 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 `ignore_mismatched_sizes=True` accepts all but NaN and infinity.
         """
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with a model card: `self.card` if it was set, else one where the folder has none."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self._write_card(Path(save_directory), replace=self.card is not None)
+
+    def _write_card(self, folder: Path, *, replace: bool) -> None:
+        file = folder / "README.md"
+        if replace or not file.exists():
+            file.write_text((self.card or Card()).render(self), encoding="utf-8")
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Every way of pushing ends here, with a card of transformers' own in place of the one that was saved.
+        known = HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token"))
+        self._write_card(Path(working_dir), replace=self.card is not None or not known)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def init_weights(self) -> None:
         self.tie_weights()  # every part has initialised itself in its constructor
@@ -75,7 +97,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 continue
             if isinstance(module, nn.Embedding) or module in heads:
                 self._init_weights(module)
-            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm)):
+            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm, SharedTransformer, SharedUse, LowRank)):
                 module.reset_parameters()
 
     @torch.no_grad()
@@ -254,7 +276,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
-        shape = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
+        shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
         if labels is not None and not return_logits and plain:
             loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items, **shape)
         elif return_logits or labels is not None:

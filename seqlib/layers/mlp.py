@@ -84,4 +84,6 @@ class MLP(nn.Module):
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
         gate = self.gate_proj(x)
-        return self.down_proj(self.activation(gate if self.gate_scale == 1 else gate * self.gate_scale) * self.up_proj(x))
+        return self.down_proj(
+            self.activation(gate if self.gate_scale == 1 else gate * self.gate_scale) * self.up_proj(x)
+        )

@@ -11,7 +11,7 @@ from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
 from seqlib.mixers.channel import Channel
-from seqlib.mixers.compose import Sum, SumConfig
+from seqlib.mixers.compose import Shared, Sum, SumConfig
 from seqlib.mixers.conv_attention import ConvAttention
 from seqlib.mixers.deltanet import DeltaNet
 from seqlib.mixers.dss import DSS
@@ -30,10 +30,13 @@ from seqlib.mixers.lru import LRU
 from seqlib.mixers.mamba import Mamba
 from seqlib.mixers.mamba2 import Mamba2
 from seqlib.mixers.mega import Mega
+from seqlib.mixers.mlstm import MLSTM
 from seqlib.mixers.path import Path
 from seqlib.mixers.pattern import BigBird, Longformer, SparseAttention
 from seqlib.mixers.performer import Performer
 from seqlib.mixers.retnet import RetNet
+from seqlib.mixers.rg_lru import RGLRU
+from seqlib.mixers.rpe_attention import RPEAttention
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
@@ -72,7 +75,11 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
     "path": Path,
+    "rpe_attention": RPEAttention,
+    "mlstm": MLSTM,
+    "rg_lru": RGLRU,
     "sum": Sum,
+    "shared": Shared,
     "learned_positions": LearnedPositions,
     "local_attention": LocalAttention,
     "longformer": Longformer,

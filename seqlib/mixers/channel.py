@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from seqlib.errors import ConfigError
 from seqlib.layers.mlp import MLPConfig
 from seqlib.layers.moe import channel_config, channel_mixer
 from seqlib.mixers.base import Mixer, MixerConfig
@@ -22,13 +21,11 @@ class ChannelConfig(MixerConfig):
     """Hyperparameters of `Channel`."""
 
     kind: str = "channel"
-    mlp: MLPConfig | None = MLPConfig()  # noqa: RUF009
-    """An MLP or experts, as a config or as plain values."""
+    mlp: MLPConfig | None = None
+    """An MLP or experts, as a config or as plain values; None is a plain MLP."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mlp", channel_config(self.mlp))
-        if self.mlp is None:
-            raise ConfigError("channel: mlp must describe an MLP or experts")
+        object.__setattr__(self, "mlp", channel_config(self.mlp) or MLPConfig())
 
     def to_dict(self) -> dict[str, Any]:
         assert self.mlp is not None

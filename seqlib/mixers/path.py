@@ -111,7 +111,7 @@ class Path(Mixer[PathConfig]):
         self, x: Tensor, state: PathMixerState | None = None, seq: SequenceInfo | None = None
     ) -> tuple[Tensor, PathMixerState]:
         self.check(x, seq)
-        w, conv = self.w_conv1d(self.w_proj(x), None if state is None else state.conv, seq)
+        w, conv = self.w_conv1d(self._before_conv(x), None if state is None else state.conv, seq)
         before = None if state is None else state.kv
         y, kv = path_attention(
             *self._heads(x, w, before), self._log_decay(x), state=before, seq=seq,
@@ -123,9 +123,13 @@ class Path(Mixer[PathConfig]):
         kv = state.kv
         if x.device.type == "cpu" and int(kv.length.max()) >= kv.capacity:
             kv = state.kv = kv.reserve(max(16, 2 * kv.capacity))
-        w = self.w_conv1d.step(self.w_proj(x), state.conv)
+        w = self.w_conv1d.step(self._before_conv(x), state.conv)
         y = path_step(*self._heads(x, w, kv), kv, self._log_decay(x))
         return self.o_proj(y.flatten(1).to(x.dtype)), state
+
+    def _before_conv(self, x: Tensor) -> Tensor:
+        # Under autocast the projection is narrower than the state that its last rows go into.
+        return self.w_proj(x).to(self.w_conv1d.weight.dtype)
 
     def _heads(self, x: Tensor, w: Tensor, kv: PathState | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q, k, v in the dtype of the state where there is one, w and beta in float32."""

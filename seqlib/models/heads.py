@@ -129,7 +129,7 @@ class Embedding(nn.Embedding):
 class NumberEmbedding(nn.Embedding):
     """Ids 0 .. vocab_size - 1 as numbers from -1 to 1, and a linear map of those: for pixels.
 
-        x = (2 id / (vocab_size - 1) - 1) weight[0] + weight[1]
+    x = (2 id / (vocab_size - 1) - 1) weight[0] + weight[1]
     """
 
     def __init__(self, vocab_size: int, d_model: int) -> None:

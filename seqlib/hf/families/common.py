@@ -12,7 +12,9 @@ __all__ = ["ATTENTION", "GLU", "LEGACY", "attention", "experts", "language_model
 
 ATTENTION: Names = linear("q_proj", "k_proj", "v_proj", "o_proj")
 GLU: Names = linear("gate_proj", "up_proj", "down_proj")
-LEGACY = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_parameters", "head_dim", "use_mamba_kernels"})
+LEGACY = frozenset(
+    {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_parameters", "head_dim", "use_mamba_kernels"}
+)
 """Fields that transformers' config classes read without naming them, or turn into others."""
 
 

@@ -57,9 +57,20 @@ def _parts(v: Values, config: SeqlibConfig) -> Iterator[Part]:
             i,
             f"model.layers.{i}.",
             norms,
-            within("mixer.", "self_attn.", ATTENTION) if name[0] == "a" else within("mixer.", "mamba.", {**MAMBA, **inner}),
+            within("mixer.", "self_attn.", ATTENTION)
+            if name[0] == "a"
+            else within("mixer.", "mamba.", {**MAMBA, **inner}),
             within("mlp.", "feed_forward.", routed if name.endswith("e") else GLU),
         )
 
 
-FAMILIES = (ported("jamba", "jamba", _config, _parts, known=LEGACY | {"mamba_inner_layernorms", "calc_logits_for_entire_prompt", "layers_block_type", "sliding_window"}),)
+FAMILIES = (
+    ported(
+        "jamba",
+        "jamba",
+        _config,
+        _parts,
+        known=LEGACY
+        | {"mamba_inner_layernorms", "calc_logits_for_entire_prompt", "layers_block_type", "sliding_window"},
+    ),
+)

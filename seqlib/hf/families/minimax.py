@@ -18,7 +18,9 @@ from seqlib.hf.families.common import ATTENTION, LEGACY, attention, experts, lan
 __all__ = ["FAMILIES"]
 
 # Their code on the Hub says it in other words.
-_OLD = {f"layernorm_{part}_{kind}" for part in ("linear_attention", "full_attention", "mlp") for kind in ("alpha", "beta")}
+_OLD = {
+    f"layernorm_{part}_{kind}" for part in ("linear_attention", "full_attention", "mlp") for kind in ("alpha", "beta")
+}
 _OLD |= {"attn_type_list", "decoder_attention_types", "block", "rotary_dim", "postnorm", "shared_intermediate_size"}
 _OLD |= {"shared_moe_mode", "layernorm_full_attention_alpha"}
 
@@ -92,6 +94,7 @@ FAMILIES = (
         "minimax",
         _config,
         _parts,
+        also=("minimax_text_01", "minimax_m1"),
         known=LEGACY | frozenset(_OLD),
         ignored=(r"\.(slope_rate|query_decay|key_decay|diagonal_decay)$",),
     ),

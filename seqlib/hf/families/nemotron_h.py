@@ -61,7 +61,12 @@ def _config(v: Values, match: str) -> dict[str, Any]:
         "d_latent": v["moe_latent_size"],
     }
     pattern = [_NAMES[name] for name in v["layers_block_type"]]
-    kinds = {"m": ssm, "a": attention(v), "f": {"kind": "channel", "mlp": dense}, "e": {"kind": "channel", "mlp": routed}}
+    kinds = {
+        "m": ssm,
+        "a": attention(v),
+        "f": {"kind": "channel", "mlp": dense},
+        "e": {"kind": "channel", "mlp": routed},
+    }
     return {
         **language_model(v),
         "n_layer": len(pattern),

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from seqlib.ops.attention.documents import documents
-from seqlib.ops.attention.state import KVState, append, take_rows
+from seqlib.ops.attention.documents import Tokens, documents, with_past
+from seqlib.ops.attention.state import KVState, append
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["attention_chunked", "attention_parallel"]
@@ -34,11 +34,8 @@ class _Rule(NamedTuple):
     end: Tensor | None = None
 
 
-# What is cut and gathered together: (q,) and (k, v), or with decays (q, sums) and (k, v, sums), where sums are the
-# log-decays up to each token, (batch, seqlen, nheads, 1) float64, up to a constant per row.
-_Tokens = tuple[Tensor, ...]
 # (queries, keys, rule) -> y, where the queries belong to the last tokens of the keys.
-_Form = Callable[[_Tokens, _Tokens, _Rule], Tensor]
+_Form = Callable[[Tokens, Tokens, _Rule], Tensor]
 
 
 def attention_parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, **options) -> tuple[Tensor, KVState]:
@@ -62,8 +59,8 @@ def _attention(
     state: KVState | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, KVState]:
-    queries: _Tokens = (q,)
-    keys: _Tokens = (k, v)
+    queries: Tokens = (q,)
+    keys: Tokens = (k, v)
     sums = None
     if log_decay is not None:
         log_decay = log_decay.double()
@@ -73,42 +70,19 @@ def _attention(
         queries, keys = (*queries, sums[..., None]), (*keys, sums[..., None])
     final = append(state, k, v, sums, window=window, seq=seq)
     if seq is None or seq.shape is None:
-        known, begin = _with_past(state, None, keys, window)
+        known, begin = with_past(state, None, keys, window)
         return form(queries, known, _Rule(window, causal, scale, begin)), final
     y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
     for index, real, rows in documents(seq, has_state=state is not None):
         ours, theirs = (tuple(t.flatten(0, 1)[index] for t in tokens) for tokens in (queries, keys))
-        known, begin = _with_past(None if rows is None else state, rows, theirs, window)
+        known, begin = with_past(None if rows is None else state, rows, theirs, window)
         end = None if causal else real.sum(1)
         part = form(ours, known, _Rule(window, causal, scale, begin, end))
         y = y.index_copy(0, index[real], part[real])
     return y.unflatten(0, q.shape[:2]), final
 
 
-def _with_past(
-    state: KVState | None, rows: Tensor | None, keys: _Tokens, window: int | None
-) -> tuple[_Tokens, Tensor | None]:
-    """Keys with those of the state before them in order, and per row the coordinate that its keys begin at, counted
-    from the first query; None when no row is shorter than the others."""
-    if state is None:
-        return keys, None
-    length = state.length if rows is None else state.length[rows]
-    shortest, longest = (int(n) for n in torch.stack(length.aminmax()).tolist())
-    past = longest if window is None else min(longest, window - 1)
-    if past == 0:
-        return keys, None
-    held: _Tokens = (state.k, state.v)
-    if state.log_decay is not None:
-        held = (*held, -state.log_decay.double()[..., None])
-    if window is None and shortest == longest:
-        held = tuple(t[:, :past] if rows is None else t[rows, :past] for t in held)
-    else:
-        slot = (length[:, None] + torch.arange(-past, 0, device=length.device)).clamp(min=0) % state.capacity
-        held = tuple(take_rows(t if rows is None else t[rows], slot) for t in held)
-    return tuple(torch.cat(pair, 1) for pair in zip(held, keys)), None if shortest >= past else -length
-
-
-def _parallel(queries: _Tokens, keys: _Tokens, rule: _Rule) -> Tensor:
+def _parallel(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
     """Every query against every key it may see; where that takes a mask, block by block of queries."""
     (batch, seqlen), total, gated = queries[0].shape[:2], keys[0].shape[1], len(queries) > 1
     past = total - seqlen
@@ -136,11 +110,11 @@ def _parallel(queries: _Tokens, keys: _Tokens, rule: _Rule) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _block(queries: _Tokens, keys: _Tokens, rule: _Rule, i: range, j: range) -> Tensor:
+def _block(queries: Tokens, keys: Tokens, rule: _Rule, i: range, j: range) -> Tensor:
     return _sdpa(queries, keys, scale=rule.scale, attn_mask=_mask(rule, i, j, queries[0].device))
 
 
-def _chunked(queries: _Tokens, keys: _Tokens, rule: _Rule) -> Tensor:
+def _chunked(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
     """Causal windows block by block, all at once: a block of queries sees itself and the blocks its window reaches."""
     assert rule.window is not None and rule.causal
     (batch, seqlen), past = queries[0].shape[:2], keys[0].shape[1] - queries[0].shape[1]
@@ -182,7 +156,7 @@ def _mask(rule: _Rule, queries: range, keys: range, device: torch.device) -> Ten
     return visible
 
 
-def _sdpa(queries: _Tokens, keys: _Tokens, scale: float, **options: Any) -> Tensor:
+def _sdpa(queries: Tokens, keys: Tokens, scale: float, **options: Any) -> Tensor:
     """torch's fused kernel on (batch, seqlen, nheads, headdim)."""
     (q, *gate), (k, v, *key_gate) = queries, keys
     dtype, group, width = v.dtype, q.shape[2] // k.shape[2], v.shape[3]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
+from seqlib.ops.delta_rule.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "delta_rule", "step"]
+__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "delta_rule", "step", "summarize"]
 
 _HERE = "seqlib.ops.delta_rule"
 _NATIVE_STATE = 256
@@ -28,6 +29,11 @@ _NATIVE: dict[str, Any] = {
     "needs": ("native",),
     "limits": _narrow,
 }
+_CUDA: dict[str, Any] = _NATIVE | {
+    "devices": ("cuda",),
+    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
+    "needs": ("native:cuda",),
+}
 IMPLS = (
     Impl("native", "chunked", f"{_HERE}.native_impl:chunked", refuses=frozenset({"chunk_size"}), **_NATIVE),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
@@ -35,6 +41,7 @@ IMPLS = (
 )
 STEP_IMPLS = (
     Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_CUDA),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),
 )
 
