@@ -44,8 +44,10 @@ def train(
     column: Column = None,
 ) -> None:
     """Train a model into a run folder, or continue a run that was interrupted."""
+    from seqlib.hf.runs import override
+
     from . import train as training
-    from .recipes import RECIPES, override
+    from .recipes import RECIPES
 
     console = _console()
     if resume is not None:
@@ -130,7 +132,8 @@ def generate(
 @app.command()
 def bench(
     what: Annotated[
-        list[str] | None, typer.Argument(help="Ops, or mamba-130m for whole models; none: all ops.")
+        list[str] | None,
+        typer.Argument(help="Ops; or mamba-130m for whole models, linear-family for its table; none: all ops."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for ops.")] = "float32",
@@ -140,8 +143,11 @@ def bench(
     """Time ops and models beside their peers in transformers, each checked for equal results first."""
     from seqlib.bench import report
 
-    from .bench import OP_PEERS, report_mamba
+    from .bench import OP_PEERS, report_linear_family, report_mamba
 
+    if what == ["linear-family"]:
+        report_linear_family(json_file, repeats=repeats, budget=budget)
+        return
     if what == ["mamba-130m"]:
         report_mamba(json_file, repeats=repeats, budget=budget)
         return
@@ -166,7 +172,9 @@ def sweep(
     column: Column = None,
 ) -> None:
     """Train every mixer on the same text with as many parameters and steps, and rank them by bits per byte."""
-    from .recipes import RECIPES, override
+    from seqlib.hf.runs import override
+
+    from .recipes import RECIPES
     from .sweep import run_sweep, sweep_table
     from .train import DataSpec
 

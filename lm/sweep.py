@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
+from seqlib.hf.runs import write_aside
 from seqlib.mixers import MIXERS, looks_ahead, mixer_config, sized
 
 from .corpus import Corpus
 from .data import load_tokenizer, tokenize
 from .evaluate import evaluate
 from .generate import load_model
-from .progress import write_aside
 from .recipes import Recipe
 from .train import DataSpec, build_model, open_run, resume, train
 

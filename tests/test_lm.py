@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from seqlib.errors import CheckpointMismatch, ConfigError, CorpusError, SeqlibError, UnsupportedInput
 from seqlib.hf import ByteTokenizer
+from seqlib.hf.runs import override, read_metrics
 from seqlib.lm import cli
 from seqlib.lm import demo as demonstration
 from seqlib.lm import train as training
@@ -30,8 +31,7 @@ from seqlib.lm.corpus import Corpus, Document, read_corpus, stdlib_corpus
 from seqlib.lm.data import PackedRows, Tokens, tokenize
 from seqlib.lm.evaluate import evaluate, score
 from seqlib.lm.generate import _ByteStreamer, generate, load_model
-from seqlib.lm.progress import read_metrics
-from seqlib.lm.recipes import demo, mixer_sweep, override, tiny
+from seqlib.lm.recipes import demo, mixer_sweep, tiny
 from seqlib.lm.sweep import run_sweep
 
 QUIET = Console(quiet=True)

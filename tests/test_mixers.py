@@ -64,6 +64,16 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 2},
         {"nheads": 4, "nheads_kv": 2, "w_rank": None, "d_conv": 2, "forget_gate": True, "qk_norm": True},
     ],
+    "rpe_attention": [
+        {"nheads": 4, "window": 9, "n_features": 6},
+        {"nheads": 2, "window": 70, "feature_map": "elu1", "bias": True},
+        # A bias of zero is one exponential, as long as the window reaches over every test.
+        {"nheads": 4, "window": 80, "decode": "exponentials", "n_exponentials": 2},
+    ],
+    "shared": [
+        {"mixer": {"kind": "attention", "nheads": 2}, "adapter_rank": 3},
+        {"mixer": {"kind": "mamba2", "headdim": 16, "d_state": 4}, "adapter_rank": 2, "adapted": ["in_proj"]},
+    ],
     "sum": [
         {
             "mixers": [{"kind": "attention", "nheads": 2, "gate": True}, {"kind": "rg_lru", "nheads": 2}],

@@ -314,40 +314,6 @@ def test_two_directions_pack_and_pad(config: dict) -> None:
     _same(y[real], mixer(x[real][None])[0][0])
 
 
-@both
-def test_kernels_are_kept_until_a_parameter_changes(config: dict) -> None:
-    mixer, x = _mixer(**config), _input(1, 16)
-    other = _mixer(**config)
-    with torch.no_grad():
-        for p in other.parameters():
-            p.mul_(1.1)
-
-    def fresh() -> Tensor:
-        return copy.deepcopy(mixer)(x)[0]  # a copy has kept nothing
-
-    with torch.no_grad():
-        first, _ = mixer(x)
-        if config["kind"] in ("dss", "s4", "s4d"):
-            assert mixer.kernel(16) is mixer.kernel(16)
-        assert torch.equal(mixer(x)[0], first)
-        names = [n for group, _ in mixer.param_groups() for n in group] + ["C"]
-        for name in names:
-            before = mixer(x)[0]
-            dict(mixer.named_parameters())[name].mul_(0.9)  # as an optimizer writes
-            assert not torch.equal(mixer(x)[0], before), name
-            assert torch.equal(mixer(x)[0], fresh()), name
-            setattr(mixer, name, nn.Parameter(getattr(mixer, name) * 1.2))  # another tensor, perhaps at its address
-            assert torch.equal(mixer(x)[0], fresh()), name
-        mixer.load_state_dict(other.state_dict())
-        assert torch.equal(mixer(x)[0], other(x)[0])
-        # Steps hear of changes too.
-        mixer.step(x[:, 0], mixer.initial_state(1))
-        mixer.C.mul_(2)
-        _same(mixer.step(x[:, 0], mixer.initial_state(1))[0], fresh()[:, 0])
-    mixer(x)[0].sum().backward()  # and with gradients nothing is kept
-    assert all(p.grad is not None for p in mixer.parameters())
-
-
 @pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
 def test_rate_multiplies_dt(discretization: str) -> None:
     """A layer at half the sample rate: twice the step, and close outputs on every second sample of a smooth input."""

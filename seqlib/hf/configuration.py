@@ -42,6 +42,7 @@ class SeqlibConfig(PretrainedConfig):
         residual_in_fp32: keep the residual stream in float32 whatever the dtype of the weights.
         tie_word_embeddings: the head shares the embedding's weight.
         embed_scale: factor of the embeddings.
+        embedding: "table", or "number" for ids that are quantities, as pixels are (see `models.heads.NumberEmbedding`).
         logit_scale, logit_softcap: logits are scale * logits, then softcap * tanh(logits / softcap) unless None.
         initializer_range: standard deviation at which embedding and heads start.
         max_position_embeddings: context length that the model was made for; evaluation tools read it, nothing here
@@ -79,6 +80,7 @@ class SeqlibConfig(PretrainedConfig):
     residual_in_fp32: bool = True
     tie_word_embeddings: bool = True
     embed_scale: float = 1.0
+    embedding: str = "table"
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     initializer_range: float = 0.02
@@ -97,6 +99,8 @@ class SeqlibConfig(PretrainedConfig):
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
         self._refuse_unknown(kwargs)
+        if self.embedding not in ("table", "number"):
+            raise ConfigError(f"embedding must be 'table' or 'number', got {self.embedding!r}")
         if self.pooling not in ("last", "mean"):
             raise ConfigError(f"pooling must be 'last' or 'mean', got {self.pooling!r}")
         if self.pair_head not in ("nli", "concat"):

@@ -36,7 +36,7 @@ from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
-from seqlib.models.heads import Embedding, finish_logits, lm_loss, pool
+from seqlib.models.heads import Embedding, NumberEmbedding, finish_logits, lm_loss, pool
 from seqlib.models.shared import LowRank, SharedTransformer, SharedUse
 from seqlib.sequence import StateList
 
@@ -112,7 +112,11 @@ class SeqlibModel(SeqlibPreTrainedModel):
 
     def __init__(self, config: SeqlibConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = Embedding(config.vocab_size, config.d_model, config.embed_scale)
+        self.embed_tokens = (
+            NumberEmbedding(config.vocab_size, config.d_model)
+            if config.embedding == "number"
+            else Embedding(config.vocab_size, config.d_model, config.embed_scale)
+        )
         self.backbone = Backbone(config.backbone)
         normal_(self.embed_tokens.weight, config.initializer_range)
         # What has optimizer options of its own (A_log, D, dt_bias) also wants full precision, built or loaded.

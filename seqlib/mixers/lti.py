@@ -16,7 +16,7 @@ from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
 from seqlib.layers.lti import Diagonal, Recurrence, continue_span
 from seqlib.layers.readout import Readout
-from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
+from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_complex, wide_dtype
 from seqlib.ops import long_conv
 from seqlib.sequence import SequenceInfo, State
 
@@ -187,7 +187,7 @@ class TimeInvariant(Mixer[C]):
 
     def state_shape(self) -> tuple[int, torch.dtype]:
         """States per channel and their dtype."""
-        return self.config.d_state // 2, wide_dtype(self.D).to_complex()
+        return self.config.d_state // 2, wide_complex(self.D)
 
     def initial_state(
         self,

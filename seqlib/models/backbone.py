@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from seqlib.errors import UnsupportedInput
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
+from seqlib.mixers.compose import share
 from seqlib.models.block import Block
 from seqlib.models.config import BackboneConfig
 from seqlib.models.shared import SharedState, SharedTransformer
@@ -32,6 +33,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.layers: Sequence[Block] = nn.ModuleList(Block(config, i) for i in range(config.n_layer))  # type: ignore[assignment]
+        share((name, layer.mixer) for name, layer in zip(config.layer_pattern, self.layers))
         shape = (config.d_model, config.norm_eps, config.norm_offset)
         self.norm = RMSNorm(*shape)
         self.shared: nn.ModuleList | None = None

@@ -15,7 +15,7 @@ from seqlib.models.backbone import Backbone
 from seqlib.models.config import BackboneConfig
 from seqlib.sequence import SequenceInfo, StateList
 
-__all__ = ["Embedding", "LanguageModel", "finish_logits", "lm_loss", "pool"]
+__all__ = ["Embedding", "LanguageModel", "NumberEmbedding", "finish_logits", "lm_loss", "pool"]
 
 _LOGITS = 1 << 24
 """Logits held at a time by `lm_loss`, in elements (64 MB in float32)."""
@@ -124,6 +124,21 @@ class Embedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         x = super().forward(ids)
         return x if self.scale == 1 else x * self.scale
+
+
+class NumberEmbedding(nn.Embedding):
+    """Ids 0 .. vocab_size - 1 as numbers from -1 to 1, and a linear map of those: for pixels.
+
+    x = (2 id / (vocab_size - 1) - 1) weight[0] + weight[1]
+    """
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__(2, d_model)
+        self.vocab_size = vocab_size
+
+    def forward(self, ids: Tensor) -> Tensor:
+        values = ids.to(self.weight.dtype) * (2 / (self.vocab_size - 1)) - 1
+        return torch.addcmul(self.weight[1], values.unsqueeze(-1), self.weight[0])
 
 
 def pool(hidden: Tensor, mode: str, mask: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from seqlib.ops.attention.state import KVState
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["attention"]
+__all__ = ["attention", "walk"]
 
 
 def attention(
@@ -29,7 +29,7 @@ def attention(
     for b in range(batch):
         before = 0 if state is None else int(state.length[b])
         past = range(max(0, before - capacity), before)
-        document, position = _walk(b, seqlen, before, seq)
+        document, position = walk(b, seqlen, before, seq)
         # Document 0 goes on from the state; -1 is padding.
         of_key = torch.tensor([0] * len(past) + document, device=q.device)
         at_key = torch.tensor([*past, *position], device=q.device)
@@ -63,7 +63,7 @@ def attention(
     return torch.stack([y for y, *_ in rows]), final
 
 
-def _walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[list[int], list[int]]:
+def walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[list[int], list[int]]:
     """Document and position in it of every token of a row, -1 for padding."""
     documents, positions = [], []
     document, position = 0, before
