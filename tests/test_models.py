@@ -78,7 +78,7 @@ def test_backbone_carries_its_state() -> None:
     assert backbone.initial_state(2, 23).nbytes == backbone.state_bytes(2, 23)
 
 
-SHARED = {"attention": {"nheads": 2}, "d_mlp": 20, "rank": 3, "attention_adapters": True}
+ASIDE = {"attention": {"nheads": 2}, "d_mlp": 20, "rank": 3, "attention_adapters": True}
 
 
 def options(**block) -> BackboneConfig:
@@ -87,11 +87,11 @@ def options(**block) -> BackboneConfig:
     return BackboneConfig(
         d_model=32, n_layer=4, mixers=mixers, layer_pattern="m a", mlp=MLPConfig(d_mlp=16), norm_offset=1.0,
         blocks={"a": {"mlp": mlp, "mixer_scale": 0.5, "mlp_scale": 2.0, "mixer_skip": 3.0, "mlp_skip": 0.7, **block}},
-        shared=SHARED if "shared" in block else None,
+        aside=ASIDE if "aside" in block else None,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("block", [{}, {"norm": "post"}, {"norm": "stream"}, {"shared": True}])
+@pytest.mark.parametrize("block", [{}, {"norm": "post"}, {"norm": "stream"}, {"aside": True}])
 def test_every_block_carries_its_state(block: dict) -> None:
     """Split, stepped, saved as plain values and checkpointed, a stack with options is the same stack."""
     config = options(**block)
@@ -141,7 +141,7 @@ def test_blocks_are_what_they_say() -> None:
     ("block", "message"),
     [
         ({"norm": "both"}, "norm must be"),
-        ({"shared": True, "norm": "post"}, "shared needs norm='pre'"),
+        ({"aside": True, "norm": "post"}, "aside needs norm='pre'"),
         ({"depth": 2}, "block config has no field depth"),
         ({"mlp": {"nexperts": 2, "d_mpl": 3}}, "mlp config has no field d_mpl"),
     ],
