@@ -14,6 +14,7 @@ __all__ = [
     "channel_factors",
     "channel_gradients",
     "channel_scores",
+    "decay_gradient",
     "documents",
     "dot",
     "factors",
@@ -190,3 +191,30 @@ def channel_gradients(
             dq += column[:, None] * decay * key[None, :]
             dk = tl.where((t == s)[:, None], tl.sum(row[:, None] * decay * queries, 0)[None, :], dk)
     return dq, dk
+
+
+@triton.jit
+def decay_gradient(
+    dg, terms, kept, here, last, before, at, token, nheads, n, j, N, C: tl.constexpr, KIND: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of log_decay of a chunk and tile of channels, one value per tile unless KIND is "channel".
+
+    It is sum_{s >= t} terms_s + kept, with terms = q dq - k dk and kept = <state, dstate> at the end of the chunk. Sums
+    stay inside chunks, so that rounding does not pile up over the sequence.
+    """
+    i = tl.arange(0, C)
+    later = i[None, :] >= i[:, None]
+    stays, goes_on = i < n, i < n
+    if PACKED:
+        later = later & (here[None, :] == here[:, None])
+        stays = here == last
+        goes_on = here == tl.load(before + at + i, mask=i < n, other=0)  # what a document start forgets does not matter
+    if KIND == "channel":
+        grad = tl.dot(tl.where(later, 1.0, 0.0), terms, input_precision="tf32x3")
+        grad += tl.where(stays[:, None], kept[None, :], 0.0)
+        store(dg + token * N, tl.where(goes_on[:, None], grad, 0.0), i, n, nheads * N, j, N)
+    else:
+        grad = tl.sum(tl.where(later, tl.sum(terms, 1)[None, :], 0.0), 1) + tl.where(stays, tl.sum(kept, 0), 0.0)
+        place = dg + (token + i * nheads) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(place, tl.where(goes_on, grad, 0.0), mask=i < n)

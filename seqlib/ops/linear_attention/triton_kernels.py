@@ -15,6 +15,7 @@ from seqlib.ops.triton_chunks import (
     channel_factors,
     channel_gradients,
     channel_scores,
+    decay_gradient,
     documents,
     dot,
     factors,
@@ -215,23 +216,8 @@ def grad_qk(
     store(dq + token * N, dqt, i, n, nheads * N, j, N)
     store(dk + token * N, dkt, i, n, nheads * N, j, N)
     if dg is not None:
-        # sum_{s >= t} (q_s dq_s - k_s dk_s) + <state, dstate> at the end of the chunk, so that rounding stays there.
         terms = qt.to(tl.float32) * dqt - kt.to(tl.float32) * dkt
-        later = i[None, :] >= i[:, None]
-        stays, goes_on = i < n, i < n
-        if PACKED:
-            later = later & (here[None, :] == here[:, None])
-            stays = here == last
-            goes_on = here == tl.load(before + b * sib + t0 + i, mask=i < n, other=0)
-        if KIND == "channel":
-            grad = tl.dot(tl.where(later, 1.0, 0.0), terms, input_precision=FINE_PRECISION)
-            grad += tl.where(stays[:, None], kept[None, :], 0.0)
-            store(dg + token * N, tl.where(goes_on[:, None], grad, 0.0), i, n, nheads * N, j, N)
-        else:
-            grad = tl.sum(tl.where(later, tl.sum(terms, 1)[None, :], 0.0), 1) + tl.where(stays, tl.sum(kept, 0), 0.0)
-            tiles = tl.num_programs(1)
-            grad = tl.where(goes_on, grad, 0.0)  # what a document start forgets does not matter
-            tl.store(dg + (token + i * nheads) * tiles + tl.program_id(1), grad, mask=i < n)
+        decay_gradient(dg, terms, kept, here, last, before, b * sib + t0, token, nheads, n, j, N, C, KIND, PACKED)
 
 
 @triton.jit
