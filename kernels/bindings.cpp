@@ -1,9 +1,15 @@
 // Schemas of every native op, once for all devices. cpu/ and cuda/ implement them.
+// spans: on the CPU SequenceInfo.spans, on CUDA SequenceInfo.links.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seqlib, m) {
+#ifndef SEQLIB_LIBRARY  // the emulation of the CUDA kernels has ops of its own
+#define SEQLIB_LIBRARY seqlib
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(SEQLIB_LIBRARY, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("isa(str? name) -> str");
+  m.def("cuda_tune(str key, int value) -> int");
   m.def("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? spans, bool silu) -> (Tensor, Tensor)");
   m.def("causal_conv1d_bwd(Tensor dy, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? spans, bool silu) -> (Tensor, Tensor, Tensor)");
   m.def("causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu) -> Tensor");
@@ -22,5 +28,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqlib, m) {
   m.def("selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? spans, bool dt_softplus, bool keep) -> (Tensor, Tensor, Tensor)");
   m.def("selective_scan_bwd(Tensor dy, Tensor? dfinal, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? spans, Tensor checkpoints, bool dt_softplus) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) state, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor");
+  m.def("dplr_spectrum(Tensor weights, Tensor square, Tensor real, Tensor dt, Tensor sin, Tensor cos, int points) -> Tensor");
+  m.def("dplr_spectrum_bwd(Tensor dspectrum, Tensor weights, Tensor square, Tensor real, Tensor dt, Tensor sin, Tensor cos) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("exp_floor(Tensor x, int repeats) -> Tensor");
 }

@@ -31,11 +31,13 @@ from seqlib.hf.tokenizer import ByteTokenizer
 from seqlib.layers.init import normal_
 from seqlib.layers.linear import Linear
 from seqlib.layers.mlp import MLP
+from seqlib.layers.moe import MoE
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
+from seqlib.models.aside import Aside, AsideUse, LowRank
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
-from seqlib.models.heads import lm_loss, pool
+from seqlib.models.heads import Embedding, NumberEmbedding, finish_logits, lm_loss, pool
 from seqlib.sequence import StateList
 
 __all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
@@ -95,7 +97,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 continue
             if isinstance(module, nn.Embedding) or module in heads:
                 self._init_weights(module)
-            elif isinstance(module, (Mixer, MLP, RMSNorm)):
+            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm, Aside, AsideUse, LowRank)):
                 module.reset_parameters()
 
     @torch.no_grad()
@@ -110,7 +112,11 @@ class SeqlibModel(SeqlibPreTrainedModel):
 
     def __init__(self, config: SeqlibConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_tokens = (
+            NumberEmbedding(config.vocab_size, config.d_model)
+            if config.embedding == "number"
+            else Embedding(config.vocab_size, config.d_model, config.embed_scale)
+        )
         self.backbone = Backbone(config.backbone)
         normal_(self.embed_tokens.weight, config.initializer_range)
         # What has optimizer options of its own (A_log, D, dt_bias) also wants full precision, built or loaded.
@@ -276,11 +282,12 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
+        shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
         if labels is not None and shift_labels is None and not return_logits and plain:
-            loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items)
+            loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items, **shape)
         elif return_logits or labels is not None or shift_labels is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
+            logits = finish_logits(self.lm_head(hidden[:, keep]), **shape)
             if labels is not None or shift_labels is not None:
                 options = {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items}
                 loss = self.loss_function(logits=logits, labels=labels, shift_labels=shift_labels, **options)

@@ -16,12 +16,36 @@ __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "linear_attention", "
 
 _HERE = "seqlib.ops.linear_attention"
 _NATIVE: dict[str, Any] = {"devices": ("cpu",), "dtypes": (torch.float32, torch.bfloat16), "needs": ("native",)}
+_CUDA: dict[str, Any] = {
+    "devices": ("cuda",),
+    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
+    "needs": ("native:cuda",),
+}
+_TRITON_STATE = 256
+
+
+def _narrow(facts: Facts) -> str | None:
+    d_state = facts.size("d_state")
+    return None if d_state <= _TRITON_STATE else f"d_state is {d_state}; it takes up to {_TRITON_STATE}"
+
+
 IMPLS = (
+    Impl(
+        "triton",
+        "chunked",
+        f"{_HERE}.triton_impl:linear_attention",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("triton>=3.6",),
+        limits=_narrow,
+        refuses=frozenset({"chunk_size"}),
+        gate=f"{_HERE}.triton_impl:gate",
+    ),
     Impl(
         "native",
         "chunked",
         f"{_HERE}.native_impl:linear_attention",
-        refuses=frozenset({"chunk_size", "decay per channel"}),
+        refuses=frozenset({"chunk_size"}),
         **_NATIVE,
     ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
@@ -30,6 +54,7 @@ IMPLS = (
 )
 STEP_IMPLS = (
     Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_CUDA),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),
 )
 
@@ -48,8 +73,8 @@ def facts(
         t is not None and t.requires_grad for t in (q, k, v, log_decay, initial_state)
     )
     features = {"chunk_size"} if chunk_size is not None else set()
-    if log_decay is not None and log_decay.dim() == v.dim():
-        features.add("decay per channel")
+    if log_decay is not None:
+        features.add({v.dim(): "decay per channel", 1: "decay per head"}.get(log_decay.dim(), "decay per token"))
     seqlen = v.shape[1] if v.dim() == 4 else 1
     sizes = (("d_state", k.shape[-1]), ("headdim", v.shape[-1]))
     return Facts(v.device.type, v.dtype, seqlen, needs_grad, frozenset(features), sizes)
