@@ -105,10 +105,12 @@ class Hyena(Mixer[HyenaConfig]):
         c = self.config
         linear_(self.in_proj)
         self.conv1d.reset_parameters()
-        index = torch.arange(c.l_max, dtype=torch.float64)
+        at: dict[str, Any] = {"dtype": torch.float64, "device": self.D.device}
         bands = (c.d_position - 1) // 2
-        angle = 2 * math.pi / c.l_max * index[:, None] * torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64)
-        fill_(self.positions, torch.cat([self._time()[:, None].cpu(), angle.cos(), -angle.sin()], 1))
+        angle = (
+            2 * math.pi / c.l_max * torch.arange(c.l_max, **at)[:, None] * torch.linspace(1e-4, bands - 1, bands, **at)
+        )
+        fill_(self.positions, torch.cat([self._time()[:, None], angle.cos(), -angle.sin()], 1))
         fill_(self.frequency, c.frequency)
         for layer in self.filter:
             assert isinstance(layer, nn.Linear)
