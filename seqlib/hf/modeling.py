@@ -34,10 +34,10 @@ from seqlib.layers.mlp import MLP
 from seqlib.layers.moe import MoE
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
+from seqlib.models.aside import Aside, AsideUse, LowRank
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
 from seqlib.models.heads import Embedding, NumberEmbedding, finish_logits, lm_loss, pool
-from seqlib.models.shared import LowRank, SharedTransformer, SharedUse
 from seqlib.sequence import StateList
 
 __all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
@@ -97,7 +97,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 continue
             if isinstance(module, nn.Embedding) or module in heads:
                 self._init_weights(module)
-            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm, SharedTransformer, SharedUse, LowRank)):
+            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm, Aside, AsideUse, LowRank)):
                 module.reset_parameters()
 
     @torch.no_grad()
