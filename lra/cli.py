@@ -1,4 +1,4 @@
-"""The command line: seqlib-lra prepare | train | evaluate | baselines | suite | speed | table."""
+"""The command line: seqlib-lra prepare | train | evaluate | suite | speed | throughput | table."""
 
 from __future__ import annotations
 
@@ -155,6 +155,31 @@ def speed(
 
     found = bench_state_spaces(peer, long=LONG if long else None, repeats=repeats, budget=budget)
     show_state_spaces(found, json_file, Console())
+
+
+@app.command()
+def throughput(
+    task: Annotated[str, typer.Argument(help="A task of Long Range Arena.")] = "listops",
+    recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "s4d",
+    mixer: Annotated[str | None, typer.Option(help="A mixer for every layer, a kind or JSON.")] = None,
+    settings: Settings = None,
+    data: Data = None,
+    any_size: AnySize = False,
+    cache: Cache = None,
+    peer_s4: Annotated[Path | None, typer.Option(help="Checkout of state-spaces/s4; needs einops and scipy.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 10,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Time reading, training and evaluating; generated tasks make a few hundred examples for it."""
+    from . import seeds
+    from .throughput import measure
+    from .train import DataSource
+
+    chosen = seeds.configure(recipe, task, settings or [], mixer, None)
+    source = DataSource(None if data is None else str(data), any_size, None if cache is None else str(cache))
+    found = measure(chosen, source, peer_s4=peer_s4, repeats=repeats, console=Console())
+    if output is not None:
+        output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 @app.command()

@@ -192,7 +192,7 @@ def _steps() -> dict[str, Callable[[Callable[..., torch.Tensor]], dict[str, Any]
 @pytest.mark.parametrize("kind", list(_steps()))
 def test_emulated_steps_equal_torch(kind: str, dtype: torch.dtype, tune) -> None:
     """A decoding step gives what the torch row gives in float32, and leaves the same state."""
-    module = importlib.import_module(f"seqlib.ops.{kind.split()[0]}")
+    module = importlib.import_module(f"seqlib.ops.{kind.split(maxsplit=1)[0]}")
     g = torch.Generator().manual_seed(0)
     arguments = _steps()[kind](lambda *shape: torch.randn(*shape, generator=g).to(dtype))
     if kind.startswith("causal_conv1d"):

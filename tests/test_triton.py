@@ -29,6 +29,12 @@ QUICK = {
         "none_packed": SINGLE,
         "channel_strong": SINGLE,
     },
+    "delta_rule": {
+        **{f"{kind}_mixed_groups": SINGLE for kind in ("none", "token", "channel")},
+        "token_odd_33": BRAIN,
+        "none_packed": HALF,
+        "channel_strong": SINGLE,
+    },
 }
 SPILLS, STACK = 64, 256  # bytes per thread; an allocator that gave up leaves kilobytes
 
@@ -78,21 +84,42 @@ def linear_attention(kind: str, dtype: torch.dtype, d_state: int, headdim: int) 
     return run
 
 
+def delta_rule(kind: str, dtype: torch.dtype, d_state: int, headdim: int) -> Callable[[], None]:
+    from seqlib.ops.delta_rule import triton_impl as row
+
+    def run() -> None:
+        q, k, v = (meta(1, 4096, 16, width, dtype=dtype) for width in (d_state, d_state, headdim))
+        beta = meta(1, 4096, 16)
+        g = {"token": meta(1, 4096, 16), "channel": meta(1, 4096, 16, d_state)}.get(kind)
+        ids = meta(1, 4096, dtype=torch.int64) if kind == "token" else None
+        _, state, kept = row.forward(q, k, v, beta, g, None, ids, 1.0)
+        row.gradients(v, state, q, k, v, beta, g, ids, kept, 1.0, g is not None)
+
+    return run
+
+
 # What is launched at sizes of published models; quick ones first.
 COMPILED: dict[str, tuple[Callable[[], None], bool]] = {
-    f"linear_attention-{kind}-{short(dtype)}-{n}x{p}": (linear_attention(kind, dtype, n, p), quick)
-    for kind, dtype, n, p, quick in (
-        ("token", BRAIN, 128, 64, True),
-        ("head", BRAIN, 128, 128, False),
-        ("channel", BRAIN, 64, 64, True),
-        ("token", SINGLE, 64, 64, True),
-        ("none", BRAIN, 64, 64, False),
-        ("head", BRAIN, 256, 128, False),
-        ("token", BRAIN, 256, 256, False),
-        ("channel", BRAIN, 128, 128, False),
-        ("channel", SINGLE, 128, 128, False),
-        ("token", HALF, 128, 64, False),
-        ("token", SINGLE, 256, 256, False),
+    f"{op.__name__}-{kind}-{short(dtype)}-{n}x{p}": (op(kind, dtype, n, p), quick)
+    for op, kind, dtype, n, p, quick in (
+        (linear_attention, "token", BRAIN, 128, 64, True),
+        (linear_attention, "head", BRAIN, 128, 128, False),
+        (linear_attention, "channel", BRAIN, 64, 64, True),
+        (linear_attention, "token", SINGLE, 64, 64, True),
+        (linear_attention, "none", BRAIN, 64, 64, False),
+        (linear_attention, "head", BRAIN, 256, 128, False),
+        (linear_attention, "token", BRAIN, 256, 256, False),
+        (linear_attention, "channel", BRAIN, 128, 128, False),
+        (linear_attention, "channel", SINGLE, 128, 128, False),
+        (linear_attention, "token", HALF, 128, 64, False),
+        (linear_attention, "token", SINGLE, 256, 256, False),
+        (delta_rule, "token", BRAIN, 128, 128, True),
+        (delta_rule, "none", BRAIN, 64, 64, False),
+        (delta_rule, "channel", BRAIN, 128, 128, False),
+        (delta_rule, "token", BRAIN, 256, 256, False),
+        (delta_rule, "token", SINGLE, 128, 128, False),
+        (delta_rule, "channel", SINGLE, 64, 64, False),
+        (delta_rule, "token", HALF, 128, 128, False),
     )
 }
 
