@@ -1,9 +1,15 @@
 // Schemas of every native op, once for all devices. cpu/ and cuda/ implement them.
+// spans: on the CPU SequenceInfo.spans, on CUDA SequenceInfo.links.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seqlib, m) {
+#ifndef SEQLIB_LIBRARY  // the emulation of the CUDA kernels has ops of its own
+#define SEQLIB_LIBRARY seqlib
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(SEQLIB_LIBRARY, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("isa(str? name) -> str");
+  m.def("cuda_tune(str key, int value) -> int");
   m.def("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? spans, bool silu) -> (Tensor, Tensor)");
   m.def("causal_conv1d_bwd(Tensor dy, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? spans, bool silu) -> (Tensor, Tensor, Tensor)");
   m.def("causal_conv1d_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state, bool silu) -> Tensor");

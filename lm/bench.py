@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from seqlib.bench import Peer, Timing, interleaved, limits, machine
 from seqlib.errors import SeqlibError
 
-__all__ = ["OP_PEERS", "bench_mamba", "report_mamba"]
+from .bench_linear import bench_linear_family
+
+__all__ = ["OP_PEERS", "bench_mamba", "report_linear_family", "report_mamba"]
 
 
 def _scan_channels_first(t: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +88,15 @@ def report_mamba(json_file: Path | None, *, repeats: int, budget: float) -> None
     for kind in ("forward", "train", "decode"):
         ours, theirs = (1e3 * made[kind][name]["wall_s"] for name in ("seqlib", "transformers"))
         print(f"{kind:<8} seqlib {ours:8.0f} ms   transformers {theirs:8.0f} ms   {made[kind]['ratio']:.1f}x")
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def report_linear_family(json_file: Path | None, *, repeats: int, budget: float) -> None:
+    """Run `bench_linear_family`, print its rows, and write everything to `json_file`."""
+    report = bench_linear_family(repeats=repeats, budget=budget)
+    for row in report["linear_family"]["rows"]:
+        print(f"{1e3 * row['ours_s']:9.3f} ms  {row['ratio']:7.2f} ({row['aim']})  {row['what']}; {row['against']}")
     if json_file:
         json_file.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -28,13 +28,21 @@ _NATIVE: dict[str, Any] = {
     "needs": ("native",),
     "limits": _narrow,
 }
+_CUDA: dict[str, Any] = {
+    "devices": ("cuda",),
+    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
+    "needs": ("native:cuda",),
+    "limits": _narrow,
+}
 IMPLS = (
     Impl("native", "parallel", f"{_HERE}.native_impl:causal_conv1d", **_NATIVE),
+    Impl("native", "parallel", f"{_HERE}.native_impl:causal_conv1d", **_CUDA),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:causal_conv1d"),
     Impl("reference", "reference", f"{_HERE}.reference:causal_conv1d"),
 )
 STEP_IMPLS = (
     Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_CUDA),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step"),
     Impl("reference", "reference", f"{_HERE}.reference:step"),
 )

@@ -29,6 +29,11 @@ _NATIVE: dict[str, Any] = {
     "needs": ("native",),
     "limits": _narrow,
 }
+_CUDA: dict[str, Any] = _NATIVE | {
+    "devices": ("cuda",),
+    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
+    "needs": ("native:cuda",),
+}
 IMPLS = (
     Impl(
         "triton",
@@ -47,6 +52,7 @@ IMPLS = (
 )
 STEP_IMPLS = (
     Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_CUDA),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),
 )
 

@@ -39,7 +39,7 @@ def dplr(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *,
     which has no pole at w = -1. All sums share the denominator, so they are one real matrix product.
     """
     high = torch.float64 if dt.dtype == torch.float64 else torch.float32
-    wide = high.to_complex()
+    wide = torch.complex128 if high == torch.float64 else torch.complex64
     with torch.autocast(dt.device.type, enabled=False):
         A, P, B, C = (t.to(wide) for t in (A, P, B, C))
         dt = dt.to(high)
