@@ -48,7 +48,7 @@ def plans(kind: str, dtype: torch.dtype, d_state: int, headdim: int, capability:
         Plan(
             chunk,
             (tile(d_state, narrow), 16, 4, stages),
-            (whole, side, 8 if whole > 64 else 4, stages),
+            (whole, side, 8 if whole > 64 else 4, stages if whole <= 128 else 1),
             (tile(d_state, 32), tile(headdim, 32), 8 if chunk == 64 else 4, stages),
             (tile(d_state, narrow), tile(headdim, narrow), 4, stages),
         )
