@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: run in the emulation against the reference, and compiled by nvcc within their limits.
 
-The emulation compiles the same sources for the host (kernels/cuda/emulate.h). Here its ops stand in for those of the CPU,
-so that the whole path from the public function to the gradients runs over the CUDA bindings and kernels.
+The emulation compiles the same sources for the host (kernels/cuda/emulate.h). Here its ops stand in for those of the
+CPU, so that the whole path from the public function to the gradients runs over the CUDA bindings and kernels.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def test_every_layout_of_the_selective_scan(d_state: int, lanes: int, tune) -> N
 
 
 def test_convolution_walks_past_its_blocks(tune) -> None:
-    """Windows, gradients and states cross the walks of 32 and the blocks of 128 positions, through pads between them."""
+    """Windows, gradients and states cross the walks of 32 and the blocks of 128 positions, through pads."""
     op = OPS["causal_conv1d"]
     g = torch.Generator().manual_seed(0)
     starts, mask = torch.zeros(2, 300, dtype=torch.bool), torch.rand(2, 300, generator=g) < 0.8
@@ -192,7 +192,7 @@ def _steps() -> dict[str, Callable[[Callable[..., torch.Tensor]], dict[str, Any]
 @pytest.mark.parametrize("kind", list(_steps()))
 def test_emulated_steps_equal_torch(kind: str, dtype: torch.dtype, tune) -> None:
     """A decoding step gives what the torch row gives in float32, and leaves the same state."""
-    module = importlib.import_module(f"seqlib.ops.{kind.split()[0]}")
+    module = importlib.import_module(f"seqlib.ops.{kind.split(maxsplit=1)[0]}")
     g = torch.Generator().manual_seed(0)
     arguments = _steps()[kind](lambda *shape: torch.randn(*shape, generator=g).to(dtype))
     if kind.startswith("causal_conv1d"):
