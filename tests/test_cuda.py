@@ -27,6 +27,7 @@ KERNELS = {
     "linear_attention": ("linear_attention_step",),
     "linear_scan": ("linear_scan", "linear_scan_bwd"),
     "selective_scan": ("selective_scan", "selective_scan_bwd", "selective_scan_step"),
+    "ssm_kernel": ("cauchy", "cauchy_bwd", "vandermonde"),
 }
 SEGMENTS = ("selective_scan.segments", "selective_scan_bwd.segments", "linear_scan.segments")
 
@@ -149,6 +150,41 @@ def test_convolution_walks_past_its_blocks(tune) -> None:
             _close(f"d_conv {d_conv}", a, b, torch.float32, gradient=False)
         for k in want_grads:
             _close(f"gradient of {k}, d_conv {d_conv}", got_grads[k], want_grads[k], torch.float32, gradient=True)
+
+
+@pytest.mark.parametrize(("rank", "lead", "n"), [(1, (), 5), (2, (3,), 260)])
+def test_cauchy_sums(rank: int, lead: tuple[int, ...], n: int, tune) -> None:
+    """The kernel of S4 and its gradients over the compiled sums equal those of the torch row in float64."""
+    torch_impl, native_impl = (importlib.import_module(f"seqlib.ops.ssm_kernel.{m}_impl") for m in ("torch", "native"))
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.complex128)
+
+    A = torch.complex(-0.5 - torch.rand(3, n, generator=g), torch.pi * torch.arange(n).expand(3, n)).to(
+        torch.complex128
+    )
+    exact = [A, draw(rank, 3, n) / n, draw(3, n), draw(*lead, 3, n) / n, torch.tensor([0.01, 0.1, 0.3]).double()]
+    weight = torch.randn(*lead, 3, 70, generator=g, dtype=torch.float64)
+    made = []
+    for impl, dtype in ((torch_impl, torch.float64), (native_impl, torch.float32)):
+        leaves = [t.to(dtype.to_complex() if t.is_complex() else dtype).requires_grad_() for t in exact]
+        kernel = impl.dplr(*leaves, 70, l_kernel=70)
+        made.append([kernel, *torch.autograd.grad((kernel * weight.to(dtype)).sum(), leaves)])
+    for name, want, got in zip(("kernel", *"APBC", "dt"), *made):
+        _close(name, got.detach(), want.detach(), torch.float32, gradient=True)
+
+
+def test_powers_far_out(tune) -> None:
+    """Angles of a hundred thousand radians keep their digits, over several blocks of rows and of states."""
+    native_impl = importlib.import_module("seqlib.ops.ssm_kernel.native_impl")
+    reference = importlib.import_module("seqlib.ops.ssm_kernel.reference")
+    A = torch.complex(torch.full((1, 20), -0.5), torch.pi * torch.arange(20.0).expand(1, 20))
+    C = torch.ones(2, 1, 20, dtype=torch.cfloat)
+    options: dict[str, Any] = {"dt": torch.tensor([1e-3]), "length": 9000, "discretization": "zoh"}
+    got = native_impl.diag(A, torch.ones(20), C, **options)
+    want = reference.diag(A.cdouble(), torch.ones(20).double(), C.cdouble(), **options | {"dt": options["dt"].double()})
+    _close("kernel", got, want, torch.float32, gradient=False)
 
 
 def _steps() -> dict[str, Callable[[Callable[..., torch.Tensor]], dict[str, Any]]]:

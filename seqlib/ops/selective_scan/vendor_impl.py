@@ -53,5 +53,5 @@ def chunked(
 
 def _refuse(gradient: Tensor) -> Tensor:
     raise UnsupportedInput(
-        "mamba-ssm's selective scan has no gradient through its final state; use backend='native' or leave the state out"
+        "mamba-ssm's scan has no gradient through its final state; use backend='native' or leave the state out"
     )
