@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: demo test test-long test-gpu check bench bench-gpu native sanitize-gpu peers clean
+.PHONY: demo test test-long test-gpu suite check bench bench-gpu native sanitize sanitize-gpu peers clean
 
 # Rebuilt only when the project's metadata changes. TORCH is installed first so that a plain CPU build is used.
 .venv/installed: pyproject.toml
@@ -22,6 +22,10 @@ test: .venv/installed
 
 test-long: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# transformers' own test suites against our classes; fetches them, so it needs a package index.
+suite: .venv/installed
+	$(BIN)/python tests/suite/run.py --json docs/transformers_suite.json
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -44,8 +44,10 @@ def train(
     column: Column = None,
 ) -> None:
     """Train a model into a run folder, or continue a run that was interrupted."""
+    from seqlib.hf.runs import override
+
     from . import train as training
-    from .recipes import RECIPES, override
+    from .recipes import RECIPES
 
     console = _console()
     if resume is not None:
@@ -130,7 +132,8 @@ def generate(
 @app.command()
 def bench(
     what: Annotated[
-        list[str] | None, typer.Argument(help="Ops, or mamba-130m for whole models; none: all ops.")
+        list[str] | None,
+        typer.Argument(help="Ops; or mamba-130m for whole models, linear-family for its table; none: all ops."),
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for ops.")] = "float32",
@@ -140,13 +143,52 @@ def bench(
     """Time ops and models beside their peers in transformers, each checked for equal results first."""
     from seqlib.bench import report
 
-    from .bench import OP_PEERS, report_mamba
+    from .bench import OP_PEERS, report_linear_family, report_mamba
 
+    if what == ["linear-family"]:
+        report_linear_family(json_file, repeats=repeats, budget=budget)
+        return
     if what == ["mamba-130m"]:
         report_mamba(json_file, repeats=repeats, budget=budget)
         return
     arguments = [*(what or []), "--dtype", dtype, "--repeats", str(repeats), "--budget", str(budget)]
     raise typer.Exit(report.main([*arguments, *(["--json", str(json_file)] if json_file else [])], peers=OP_PEERS))
+
+
+@app.command()
+def sweep(
+    sources: Sources = None,
+    mixers: Annotated[
+        list[str] | None, typer.Option("--mixer", help="A kind, or a JSON config with a kind; none: all kinds.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="What every mixer is trained with.")] = "mixer_sweep",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of runs; finished ones in it are kept.")] = Path("runs/sweep"),
+    max_bytes: Annotated[int, typer.Option(help="Test bytes to score, in whole documents.")] = 300_000,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here too.")] = None,
+    suffix: Suffix = None,
+    column: Column = None,
+) -> None:
+    """Train every mixer on the same text with as many parameters and steps, and rank them by bits per byte."""
+    from seqlib.hf.runs import override
+
+    from .recipes import RECIPES
+    from .sweep import run_sweep, sweep_table
+    from .train import DataSpec
+
+    if recipe not in RECIPES:
+        raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+    chosen, data, console = (
+        override(RECIPES[recipe](), settings or []),
+        DataSpec.of(sources or (), suffix or (), column),
+        _console(),
+    )
+    made = run_sweep(output, chosen, mixers=mixers, data=data, max_bytes=max_bytes, console=console)
+    console.print("", sweep_table(made))
+    if json_file is not None:
+        json_file.write_text(json.dumps(made, indent=1) + "\n")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Any
 
 from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
-from seqlib.mixers import MIXERS
+from seqlib.mixers import MIXERS, looks_ahead
 
 from .protocols import PROTOCOLS
 from .published import PUBLISHED
@@ -38,6 +38,8 @@ class Recipe:
     layer_pattern: str = "m"
     mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"m": {"kind": "mamba"}})
     mlp: Mapping[str, Any] | None = None
+    numbers: bool = False
+    """Pixels as numbers through a linear map, as the S4 family reads them, instead of an embedding each."""
     batch_size: int = 32
     accumulation: int = 1
     steps: int = 1000
@@ -75,6 +77,8 @@ class Recipe:
         whole = self.eval_every >= 1 and self.eval_every % self.log_every == 0
         self._check("eval_every", whole, f"a multiple of log_every={self.log_every}")
         self._check("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}")
+        images = ("image", "pathfinder", "pathx", "pathfinder256")
+        self._check("numbers", not self.numbers or self.task in images, f"False but for {', '.join(images)}")
         self._check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         self._check("backend", self.backend in ("auto", *BACKENDS), f"one of auto, {', '.join(BACKENDS)}")
         absent = sorted({str(m.get("kind")) for m in self.mixers.values()} - set(MIXERS))
@@ -82,6 +86,12 @@ class Recipe:
             raise ConfigError(
                 f"recipe {self.name} needs the mixer {', '.join(absent)}, which this version does not have; "
                 f"it has: {', '.join(MIXERS)}"
+            )
+        ahead = sorted({str(m["kind"]) for m in self.mixers.values() if looks_ahead(m)})
+        if self.task in RECALL and ahead:
+            raise ConfigError(
+                f"recipe {self.name}: {', '.join(ahead)} reads what follows, and {self.task} asks for the next token; "
+                "use a causal mixer"
             )
 
     def _check(self, name: str, right: bool, allowed: str) -> None:

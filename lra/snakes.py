@@ -17,8 +17,8 @@ __all__ = ["SIZES", "Images", "Shape", "draw", "pathfinder"]
 _BLOCK = 1000  # images per random stream
 _WALL = 1
 _FIRST = 2  # id of the first paddle of an image in `_Canvas.field`; 0 is free
-_TRIES = 16  # angles tried per paddle
-_LAST = 3  # of these, angles that need not lead on
+_TRIES = ((3, False), (10, False), (3, True))  # angles tried per paddle; the last ones need not lead on
+_ANGLES, _PARTS = 64, 8  # of half a turn, and of a pixel
 _AHEAD = (0.75, 1.5)
 _SEEDS = 4  # beginnings tried per distractor
 _BACK = np.array([2, 4, 8, 1000])  # paddles taken back where there is no way on; the last one starts anew
@@ -112,7 +112,8 @@ def draw(rng: np.random.Generator, n: int, shape: Shape) -> Images:
     # The slowest ninth of the images is never finished: waiting for the last few would take half of the time.
     canvas = _Canvas(rng, shape, rng.choice(np.array(shape.margins), n + n // 8 + 4))
     targets, whole = _targets(canvas, n)
-    canvas.margins, canvas.field, targets = canvas.margins[whole], canvas.field[whole], targets[whole]
+    canvas.keep(whole)
+    targets = targets[whole]
     contour = np.broadcast_to(np.arange(2 * shape.paddles)[:, None] % 2, (n, 2 * shape.paddles, 1))
     paddles = np.concatenate([np.concatenate([targets, contour], 2), _distractors(canvas)], 1).astype(np.float32)
     tips = np.stack([targets[:, :2, :2], targets[:, -2:, 2:]], 2)
@@ -123,44 +124,48 @@ def draw(rng: np.random.Generator, n: int, shape: Shape) -> Images:
     return Images(_render(shape, paddles, discs), labels, paddles, discs)
 
 
-def _padded(shape: Shape) -> int:
-    return shape.size + 2 * _reach(shape)
-
-
 def _reach(shape: Shape) -> int:
     """Pixels from the middle of a paddle to the furthest pixel it forbids."""
     return math.ceil(shape.length / 2 + shape.thickness / 2 + max(shape.margins)) + 1
 
 
 class _Canvas:
-    """Which pixels are taken, and by which paddle, for a batch of images."""
+    """Which pixels are taken, and by which paddle, for a batch of images.
+
+    The pixels around a paddle are looked up: with its middle rounded to eighths of a pixel and its angle to 1/64 of a
+    half turn, which moves it by less than 0.2 pixels, they are a fixed list of steps in the image.
+    """
 
     def __init__(self, rng: np.random.Generator, shape: Shape, margins: Array) -> None:
         self.rng, self.shape, self.margins = rng, shape, margins.astype(np.float32)
+        self.which = np.searchsorted(shape.margins, margins)
         reach = _reach(shape)
-        self.field = np.full((len(margins), _padded(shape), _padded(shape)), _WALL, np.int16)
-        self.box = np.arange(-reach, reach + 1)
+        self.width = shape.size + 2 * reach
+        self.field = np.full((len(margins), self.width, self.width), _WALL, np.int16)
         inner = slice(reach + shape.padding, reach + shape.size - shape.padding)
         self.field[:, inner, inner] = 0
+        self.close, self.forbidden = (_stamps(shape, self.width, margin) for margin in (_CLEARANCE, 1.0))
 
-    def near(self, rows: Array, segments: Array, margin: float) -> tuple[Any, Array]:
-        """An index of the pixels around each segment, and which lie within its thickness and `margin` margins."""
-        reach = _reach(self.shape)
-        middle = np.rint((segments[:, :2] + segments[:, 2:]) / 2).astype(np.int64)
-        np.clip(middle, 0, self.shape.size - 1, out=middle)
-        y, x = middle[:, 0, None] + self.box, middle[:, 1, None] + self.box
-        distance = _distance(y[:, :, None], x[:, None, :], segments)
-        radius = self.shape.thickness / 2 + margin * self.margins[rows]
-        return (rows[:, None, None], (y + reach)[:, :, None], (x + reach)[:, None, :]), distance <= radius[
-            :, None, None
-        ]
+    def keep(self, rows: Array) -> None:
+        """Go on with some of the images only."""
+        self.margins, self.which, self.field = self.margins[rows], self.which[rows], self.field[rows]
+
+    def near(self, stamps: Array, rows: Array, segments: Array) -> Array:
+        """Flat indices (n, pixels) into `field` of the pixels around each segment; some are named twice."""
+        middle = (segments[:, :2] + segments[:, 2:]) / 2
+        parts = np.rint(_PARTS * np.clip(middle, 0, self.shape.size - 1)).astype(np.int64)
+        dy, dx = segments[:, 2] - segments[:, 0], segments[:, 3] - segments[:, 1]
+        angle = np.rint(np.arctan2(dy, dx) * (_ANGLES / np.pi)).astype(np.int64) % _ANGLES
+        y, x = parts[:, 0], parts[:, 1]
+        steps = stamps[self.which[rows], angle, y % _PARTS, x % _PARTS]
+        at = (rows * self.width + y // _PARTS + _reach(self.shape)) * self.width + x // _PARTS + _reach(self.shape)
+        return at[:, None] + steps
 
     def fits(self, rows: Array, segments: Array, own: Array) -> Array:
         """Whether each segment lies inside and keeps its distance from everything but the paddle with id `own`."""
         inside = ((segments >= 0) & (segments <= self.shape.size - 1)).all(1)
-        index, near = self.near(rows, segments, _CLEARANCE)
-        taken = self.field[index]
-        return inside & ~(near & (taken != 0) & (taken != own[:, None, None])).any((1, 2))
+        taken = self.field.reshape(-1)[self.near(self.close, rows, segments)]
+        return inside & ~((taken != 0) & (taken != own[:, None])).any(1)
 
     def leads_on(self, rows: Array, segments: Array) -> Array:
         """Whether nothing stands in the way one and a half paddles ahead; what runs into a wall is lost later."""
@@ -175,14 +180,16 @@ class _Canvas:
 
     def take(self, rows: Array, segments: Array, ids: Array) -> None:
         """Mark segments and their margins; what is taken already keeps its owner, so `free` undoes this exactly."""
-        index, near = self.near(rows, segments, 1.0)
-        now = self.field[index]
-        self.field[index] = np.where(near & (now == 0), ids[:, None, None], now)
+        index = self.near(self.forbidden, rows, segments)
+        flat = self.field.reshape(-1)
+        now = flat[index]
+        flat[index] = np.where(now == 0, ids[:, None], now)
 
     def free(self, rows: Array, first: Array) -> None:
         """Unmark the paddles whose id is `first` or later."""
         now = self.field[rows]
-        self.field[rows] = np.where(now >= first[:, None, None], 0, now)
+        now[now >= first[:, None, None]] = 0
+        self.field[rows] = now
 
     def grow(self, rows: Array, last: Array, own: Array) -> tuple[Array, Array]:
         """One more paddle after the segment `last` with id `own`: where there was room, and the segments."""
@@ -195,16 +202,42 @@ class _Canvas:
         """Paddles that begin a margin after their pivots, at the first of a few angles where they fit."""
         found, segments = np.zeros(len(rows), bool), np.zeros((len(rows), 4), np.float32)
         left = np.arange(len(rows))
-        for trial in range(_TRIES):
-            segment = _segment(pivots[left], angles(left), self.margins[rows[left]], self.shape.length)
-            good = self.fits(rows[left], segment, own[left])
-            if trial < _TRIES - _LAST:
-                good &= self.leads_on(rows[left], segment)
-            found[left[good]], segments[left[good]] = True, segment[good]
-            left = left[~good]
+        for tries, last_resort in _TRIES:
+            at = np.repeat(left, tries)
+            segment = _segment(pivots[at], angles(at), self.margins[rows[at]], self.shape.length)
+            good = self.fits(rows[at], segment, own[at])
+            if not last_resort:
+                good[good] = self.leads_on(rows[at[good]], segment[good])
+            good = good.reshape(-1, tries)
+            first = good.argmax(1)
+            some = np.flatnonzero(good[np.arange(len(left)), first])
+            found[left[some]], segments[left[some]] = True, segment[some * tries + first[some]]
+            left = left[~found[left]]
             if not len(left):
                 break
         return found, segments
+
+
+def _stamps(shape: Shape, width: int, margin: float) -> Array:
+    """Steps in the flat field from a paddle's middle to the pixels within its thickness and `margin` margins.
+
+    (margins, angles, 8, 8, pixels): by kind of margin, angle, and eighth of a pixel in y and x; short lists repeat
+    their first pixel.
+    """
+    reach = _reach(shape)
+    box = np.arange(-reach, reach + 2)
+    y, x = np.meshgrid(box, box, indexing="ij")
+    turn = np.pi / _ANGLES * np.arange(_ANGLES)
+    half = np.stack([np.sin(turn), np.cos(turn)], 1) * shape.length / 2
+    part = np.arange(_PARTS) / _PARTS
+    middle = np.tile(np.stack(np.meshgrid(part, part, indexing="ij"), -1).reshape(-1, 2), (_ANGLES, 1))
+    half = np.repeat(half, _PARTS**2, 0)
+    distance = _distance(y[None], x[None], np.concatenate([middle - half, middle + half], 1))
+    steps = (y * width + x).ravel()
+    lists = [steps[d.ravel() <= shape.thickness / 2 + margin * m] for m in shape.margins for d in distance]
+    longest = max(map(len, lists))
+    made = np.stack([np.concatenate([part, np.full(longest - len(part), part[0])]) for part in lists])
+    return made.reshape(len(shape.margins), _ANGLES, _PARTS, _PARTS, longest)
 
 
 def _turns(rng: np.random.Generator, n: int, continuity: float) -> Array:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "Facts",
     "Impl",
     "Op",
+    "Verdict",
     "explain",
     "preferred",
     "resolve",
@@ -71,6 +73,8 @@ class Impl:
         grad: whether it is differentiable.
         refuses: features it does not support.
         by_name_only: never chosen by auto.
+        auto_limits: as `limits`, for a row that takes the call but is the slower one; a form asked for by name runs.
+        gate: "module:function" from facts to a Verdict, asked last: whether results on this very device are right.
         loops: walks the positions in Python. On a GPU, where that costs launches, auto says that it had to.
     """
 
@@ -84,7 +88,16 @@ class Impl:
     grad: bool = True
     refuses: frozenset[str] = frozenset()
     by_name_only: bool = False
+    auto_limits: Callable[[Facts], str | None] | None = None
+    gate: str = ""
     loops: bool = False
+
+
+class Verdict(NamedTuple):
+    """What a gate says: why the row must not run, if so, and in a few words what runs."""
+
+    refusal: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,7 @@ class Choice:
 
 _scope: ContextVar[Mapping[str, str] | None] = ContextVar("seqlib_backend", default=None)
 _loaded: dict[str, Callable[..., Any]] = {}
+_traced = SimpleNamespace()  # the same for compilers, which do not see what is added to a dict while they trace
 _probed: dict[str, str | None] = {}
 _warned: set[str] = set()
 _choices: dict[tuple[str, str, Facts, str, str], Callable[..., Any]] = {}
@@ -209,7 +223,8 @@ def explain(op_name: str, *tensors: Any, form: str = "auto", backend: str = "aut
     reasons = {id(r.impl): r.reason for r in choice.refused} if choice else {}
     for impl in op.impls:
         if choice and impl is choice.impl:
-            note = "runs"
+            note = f"runs, loops for {torch.ops.seqlib.isa(None)}" if "native" in impl.needs else "runs"
+            note += f" {_load(impl.gate)(facts).note}" if impl.gate else ""
         elif id(impl) in reasons:
             note = f"refused: {reasons[id(impl)]}"
         else:
@@ -265,11 +280,16 @@ def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None
     missing = impl.refuses & facts.features
     if missing:
         return quiet(f"does not support {', '.join(sorted(missing))}")
-    reason = impl.limits(facts) if impl.limits else None
-    if reason:
-        return quiet(reason)
+    for limits in (impl.limits, impl.auto_limits if form == "auto" else None):
+        reason = limits(facts) if limits else None
+        if reason:
+            return quiet(reason)
     for need in impl.needs:
         reason = _probe(need)
+        if reason:
+            return Refusal(impl, reason, broken=True)
+    if impl.gate:
+        reason = _judge(impl.gate, *facts)
         if reason:
             return Refusal(impl, reason, broken=True)
     return None
@@ -281,6 +301,11 @@ def _probe(need: str) -> str | None:
     if need not in _probed:
         _probed[need] = _why_missing(need)
     return _probed[need]
+
+
+@torch.compiler.assume_constant_result
+def _judge(gate: str, *facts: Any) -> str | None:
+    return _load(gate)(Facts(*facts)).refusal
 
 
 def _why_missing(need: str) -> str | None:
@@ -329,7 +354,11 @@ def _announce(op: Op, chosen: Impl, refused: list[Refusal], facts: Facts) -> Non
 
 def _load(target: str) -> Callable[..., Any]:
     _import(target)
-    return _loaded[target]
+    return getattr(_traced, _attribute(target)) if torch.compiler.is_compiling() else _loaded[target]
+
+
+def _attribute(target: str) -> str:
+    return target.replace(".", "_").replace(":", "_")
 
 
 @torch.compiler.assume_constant_result
@@ -337,6 +366,7 @@ def _import(target: str) -> None:
     if target not in _loaded:
         module, _, name = target.partition(":")
         _loaded[target] = getattr(importlib.import_module(module), name)
+    setattr(_traced, _attribute(target), _loaded[target])
 
 
 def _main() -> None:

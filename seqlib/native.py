@@ -195,13 +195,14 @@ def _units(target: str, arch: Sequence[str] = ()) -> Iterator[Unit]:
         return
     for name in manifest["sources"]:
         yield Unit(root / name, "c++", host)
-    for name in manifest["kernels"]:
-        if target == "cuda":
-            code = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in arch]
+    if target == "cuda":
+        code = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in arch]
+        for name in manifest["kernels"]:
             yield Unit(root / name, "nvcc", [*manifest["nvcc_flags"], *code])
-            continue
-        for isa, machines in manifest["isa"].items():
-            if platform.machine() in machines["machines"] or "any" in machines["machines"]:
+        return
+    for isa, machines in manifest["isa"].items():
+        if platform.machine() in machines["machines"] or "any" in machines["machines"]:
+            for name in machines.get("kernels", manifest["kernels"]):
                 yield Unit(root / name, "c++", [*host, f"-DSEQLIB_ISA={isa}", *machines["flags"]])
 
 

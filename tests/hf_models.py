@@ -18,11 +18,21 @@ STACKS: dict[str, dict[str, Any]] = {
         "n_layer": 3,
     },
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    "mamba2": {"mixer": {"kind": "mamba2", "d_state": 4, "headdim": 8}, "n_layer": 2},
+    "lightning": {"mixer": {"kind": "lightning", "nheads": 2}, "n_layer": 2},
+    "hybrid-delta": {
+        "layer_pattern": "d a",
+        "mixers": {"d": {"kind": "gated_deltanet", "nheads": 2, "headdim": 8}, "a": {"kind": "attention", "nheads": 2}},
+        "n_layer": 2,
+        "mlp": {"d_mlp": 24},
+    },
+}
 
 
 def tiny_config(stack: str, **changes: Any) -> SeqlibConfig:
     ids = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
-    return SeqlibConfig(**({"d_model": 16, "vocab_size": VOCAB, **ids, **STACKS[stack]} | changes))
+    return SeqlibConfig(**({"d_model": 16, "vocab_size": VOCAB, **ids, **(STACKS | OTHERS)[stack]} | changes))
 
 
 def tiny(stack: str, **changes: Any) -> SeqlibForCausalLM:

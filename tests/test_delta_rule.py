@@ -11,7 +11,7 @@ from torch import Tensor
 from seqlib import native
 from seqlib.errors import BackendUnavailable, UnsupportedInput
 from seqlib.ops import delta_rule
-from seqlib.ops.delta_rule import step
+from seqlib.ops.delta_rule import combine, step, summarize
 from seqlib.sequence import SequenceInfo
 
 KINDS = ("none", "token", "channel")
@@ -216,6 +216,34 @@ def test_known_vectors(backend: str, log_decay: list | None, y: list, state: lis
     got, final = delta_rule(q, k, v, beta, decay, scale=2**-0.5, backend=backend)
     _assert_close(got, heads(y), 1e-6)
     _assert_close(final[0, 0], torch.tensor(state, dtype=_dtype(backend)), 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "seq", [None, SequenceInfo.packed([30, 51], continues=True), "padded"], ids=["alone", "packed", "padded"]
+)
+def test_summaries_give_the_state(kind: str, seq: Any) -> None:
+    """transition S + state is the final state from S, whatever q is; a document start leaves nothing of S."""
+    t = _draw(kind, batch=1)
+    if seq == "padded":
+        seq = SequenceInfo(padding_mask=torch.arange(81)[None] >= 9)
+    given = {name: t[name] for name in ("k", "v", "beta", "log_decay")}
+    transition, state = summarize(**given, seq=seq)
+    _assert_close(transition @ t["initial_state"] + state, delta_rule(**t, seq=seq)[1])
+    if seq is not None and seq.starts is not None:
+        assert not transition.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_combine_is_associative_and_joins_spans(kind: str) -> None:
+    t = _draw(kind)
+    t.pop("initial_state")
+    t.pop("q")
+    a, b, c = (summarize(**_part(t, slice(*span))) for span in ((0, 30), (30, 31), (31, 81)))
+    identity = (torch.eye(18, dtype=torch.float64).expand_as(a[0]), torch.zeros_like(a[1]))
+    for joined in (combine(combine(a, b), c), combine(a, combine(b, c)), combine(identity, summarize(**t))):
+        for got, want in zip(joined, summarize(**t)):
+            _assert_close(got, want)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -234,12 +234,15 @@ def test_logits_reach_the_metrics(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("classify", [False, True])
-def test_gradient_accumulation_and_checkpointing_train_alike(classify: bool, checkpointing: bool, tmp_path) -> None:
+@pytest.mark.parametrize(("classify", "changes"), [(False, {}), (True, {}), (False, {"mixer": {"kind": "s4d"}})])
+def test_gradient_accumulation_and_checkpointing_train_alike(
+    classify: bool, changes: dict, checkpointing: bool, tmp_path
+) -> None:
+    """The passes of a step share the kernels of s4d."""
     weights = []
     for steps, batch in ((1, 8), (4, 2)):
         torch.manual_seed(0)
-        model = SeqlibForSequenceClassification(tiny_config("mamba")) if classify else tiny("mamba")
+        model = SeqlibForSequenceClassification(tiny_config("mamba")) if classify else tiny("mamba", **changes)
         run = trainer(
             model, tmp_path, max_steps=2, gradient_accumulation_steps=steps, per_device_train_batch_size=batch,
             gradient_checkpointing=checkpointing, optim="sgd", max_grad_norm=0.0,

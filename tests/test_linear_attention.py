@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from seqlib import native
+from seqlib import explain, native
 from seqlib.errors import UnsupportedInput
 from seqlib.ops import linear_attention, selective_scan
 from seqlib.ops.linear_attention import combine, step, summarize, torch_impl
@@ -234,8 +234,9 @@ needs_native = pytest.mark.skipif(native.why_unavailable("cpu") is not None, rea
 
 @needs_native
 @pytest.mark.native
-def test_native_is_deterministic_and_alike_for_any_number_of_threads() -> None:
-    inputs = [None if t is None else t.float().requires_grad_() for t in draw("token", 200, batch=1)]
+@pytest.mark.parametrize("kind", ["token", "channel"])
+def test_native_is_deterministic_and_alike_for_any_number_of_threads(kind: str) -> None:
+    inputs = [None if t is None else t.float().requires_grad_() for t in draw(kind, 200, batch=1)]
     inputs[2] = torch.randn(1, 200, H, 130, requires_grad=True)  # wide heads are split when threads are many
 
     def run(threads: int) -> list[torch.Tensor]:
@@ -254,13 +255,14 @@ def test_native_is_deterministic_and_alike_for_any_number_of_threads() -> None:
 
 @needs_native
 @pytest.mark.native
+@pytest.mark.parametrize("kind", ["token", "channel"])
 @pytest.mark.parametrize("sizes", [(64, 64), (80, 40), (260, 130)])
-def test_native_long_spans_use_their_checkpoints(sizes: tuple[int, int]) -> None:
+def test_native_long_spans_use_their_checkpoints(sizes: tuple[int, int], kind: str) -> None:
     """Spans longer than the distance of checkpoints, for each distance, against the torch form in float64."""
     n, p = sizes
     q, k = torch.randn(2, 2, 700, 1, n, dtype=torch.float64) / n**0.5
     v = torch.randn(2, 700, 1, p, dtype=torch.float64)
-    g = -0.1 * torch.rand(2, 700, 1, dtype=torch.float64)
+    g = -0.1 * torch.rand(2, 700, 1, *((n,) if kind == "channel" else ()), dtype=torch.float64)
     starts = torch.zeros(2, 700, dtype=torch.bool)
     starts[0, 620] = True
 
@@ -272,6 +274,19 @@ def test_native_long_spans_use_their_checkpoints(sizes: tuple[int, int]) -> None
     for got, want in zip(run(torch.float32, "native"), run(torch.float64, "torch")):
         got, want = got.detach(), want.detach()
         assert float((got - want).abs().max()) < 2e-5 * float(want.abs().max())
+
+
+@needs_native
+@pytest.mark.native
+@pytest.mark.parametrize("kind", ["head", "token", "channel"])
+def test_native_rounding_of_weak_decays_does_not_add_up(kind: str) -> None:
+    """exp(-1e-4) rounded to float32 and applied 20000 times is wrong by 4e-4; sums of a chunk are rounded once."""
+    tokens = 20000
+    shape = {"head": (1,), "token": (1, tokens, 1), "channel": (1, tokens, 1, 4)}[kind]
+    q, v = torch.zeros(1, tokens, 1, 4), torch.zeros(1, tokens, 1, 2)
+    state = torch.ones(1, 1, 4, 2)
+    final = linear_attention(q, q, v, torch.full(shape, -1e-4), initial_state=state, backend="native")[1]
+    assert float((final * math.exp(1e-4 * tokens) - 1).abs().max()) < 2e-5
 
 
 @needs_native
@@ -292,7 +307,7 @@ def test_native_reads_strided_inputs_in_place() -> None:
 
 @needs_native
 @pytest.mark.native
-@pytest.mark.parametrize("kind", ["none", "head", "token"])
+@pytest.mark.parametrize("kind", ["none", "head", "token", "channel"])
 def test_native_schemas_are_sound(kind: str) -> None:
     q, k, v, g = (None if t is None else t.float().requires_grad_() for t in draw(kind, 20))
     linear_attention(q, k, v, g, backend="native")
@@ -306,7 +321,7 @@ def test_native_schemas_are_sound(kind: str) -> None:
 
 @needs_native
 @pytest.mark.native
-@pytest.mark.parametrize("kind", ["none", "token"])
+@pytest.mark.parametrize("kind", ["none", "token", "channel"])
 def test_native_compiles_whole(kind: str) -> None:
     q, k, v, g = (None if t is None else t.float().requires_grad_() for t in draw(kind, 20))
     leaves = [t for t in (q, k, v, g) if t is not None]
@@ -339,3 +354,16 @@ def test_native_step_equals_torch(kind: str, dtype: torch.dtype) -> None:
     ys = [step(q, k, v, g, s, scale=0.5, backend=b) for s, b in zip(states, ("native", "torch"))]
     close(*states, 1e-5)
     close(*ys, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@needs_native
+@pytest.mark.native
+def test_explain_names_the_instruction_set() -> None:
+    """Whether 16-bit numbers are multiplied as such is not hidden."""
+    before = torch.ops.seqlib.isa(None)
+    q, k, v, g = (t.bfloat16() for t in draw("token"))
+    try:
+        torch.ops.seqlib.isa("portable")
+        assert "runs, loops for portable" in explain("linear_attention", q, k, v, g)
+    finally:
+        torch.ops.seqlib.isa(before)

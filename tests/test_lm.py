@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from seqlib.errors import CheckpointMismatch, ConfigError, CorpusError, SeqlibError, UnsupportedInput
 from seqlib.hf import ByteTokenizer
+from seqlib.hf.runs import override, read_metrics
 from seqlib.lm import cli
 from seqlib.lm import demo as demonstration
 from seqlib.lm import train as training
@@ -30,8 +31,8 @@ from seqlib.lm.corpus import Corpus, Document, read_corpus, stdlib_corpus
 from seqlib.lm.data import PackedRows, Tokens, tokenize
 from seqlib.lm.evaluate import evaluate, score
 from seqlib.lm.generate import _ByteStreamer, generate, load_model
-from seqlib.lm.progress import read_metrics
-from seqlib.lm.recipes import demo, override, tiny
+from seqlib.lm.recipes import demo, mixer_sweep, tiny
+from seqlib.lm.sweep import run_sweep
 
 QUIET = Console(quiet=True)
 WORDS = ["state", "space", "models", "carry", "a", "through", "documents", "and", "forget", "it", "at", "their", "end"]
@@ -406,3 +407,23 @@ def test_demo_tells_the_whole_story(
     assert any("this model" in name for name in result["bits_per_byte"])
     corpus: Corpus = small()
     assert result["test"]["bytes"] == corpus.nbytes("test")
+
+
+def test_sweep_compares_models_of_equal_size_and_goes_on_where_it_stopped(text, tmp_path) -> None:
+    """Sizes differ by less than a row of all MLPs; a finished run is not trained again; another recipe is refused."""
+    recipe = override(mixer_sweep(), ["d_model=32", "n_layer=2", "seqlen=64", "steps=2", "log_every=1", "save_every=1"])
+    options = {"data": training.DataSpec.of([str(text)]), "max_bytes": 500, "console": QUIET}
+    made = run_sweep(tmp_path, recipe, mixers=["attention", "mamba"], **options)
+    sizes = {row["mixer"]: row["parameters"] for row in made["sweep"]}
+    assert abs(sizes["mamba"] - sizes["attention"]) <= recipe.n_layer * 3 * recipe.d_model
+
+    weights = tmp_path / "attention" / "model" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    longer = run_sweep(tmp_path, recipe, mixers=["attention", "mamba", '{"kind": "s4d", "d_state": 8}'], **options)
+    assert weights.stat().st_mtime_ns == written
+    assert [row["mixer"] for row in longer["sweep"]] == ["attention", "mamba", "s4d d_state=8"]
+    assert longer["sweep"][:2] == made["sweep"]
+
+    (tmp_path / "mamba" / "row.json").unlink()
+    with pytest.raises(ConfigError, match="another recipe"):
+        run_sweep(tmp_path, override(recipe, ["steps=4"]), mixers=["mamba"], **options)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib import native
+from seqlib.errors import BackendUnavailable, ConfigError, UnsupportedInput
 from seqlib.layers.hippo import DIAGONAL, MEASURES, diagonal, hippo, nplr
 from seqlib.ops import long_conv, ssm_kernel_diag, ssm_kernel_dplr
 from seqlib.ops.ssm_kernel import (
@@ -182,6 +183,52 @@ def test_dplr_kernel_is_the_recurrence(measure: str, length: int) -> None:
         torch.autograd.grad((got * weight).sum(), leaves), torch.autograd.grad((want * weight).sum(), leaves)
     ):
         assert torch.allclose(a, b, atol=1e-8 * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize(("readouts", "d_state", "length"), [(1, 8, 64), (2, 6, 31), (1, 2, 1), (2, 64, 200)])
+def test_compiled_dplr_is_the_exact_one(isa: str, readouts: int, d_state: int, length: int) -> None:
+    """Kernel and gradients against float64, for every instruction set of this machine."""
+    if native.why_unavailable("cpu"):
+        pytest.skip(f"no native library: {native.why_unavailable('cpu')}")
+    native.load("cpu")
+    before = torch.ops.seqlib.isa(None)
+    try:
+        torch.ops.seqlib.isa(isa)
+    except RuntimeError as error:
+        pytest.skip(f"this machine has no {isa}: {error}")
+    try:
+        A, P, B, C, dt = _dplr(3, d_state, "legs", length, torch.float32)
+        C = torch.stack([C, C.conj() * 1j][:readouts])
+        made = []
+        for wide in (False, True):
+            given = (A, P, B, C, dt)
+            if wide:
+                given = tuple(t.to(torch.complex128 if t.is_complex() else torch.float64) for t in given)
+            leaves = [t.clone().requires_grad_() for t in given]
+            K = ssm_kernel_dplr(*leaves, max(1, length - 3), l_kernel=length, backend="torch" if wide else "native")
+            weight = torch.cos(torch.arange(K.numel()).double()).view(K.shape)
+            made.append((K.detach(), *torch.autograd.grad((K.double() * weight).sum(), leaves)))
+        # At length 1 the kernel hardly depends on dt: what is left of that gradient is rounding.
+        for got, want in zip(*(m[: 5 if length == 1 else 6] for m in made)):
+            assert float((got - want).abs().max()) < 1e-4 * float(want.abs().max())
+    finally:
+        torch.ops.seqlib.isa(before)
+
+
+@pytest.mark.native
+def test_compiled_dplr_keeps_its_contract() -> None:
+    """Schema, shapes without data, and registered gradient agree; other ranks are refused by name."""
+    if native.why_unavailable("cpu"):
+        pytest.skip(f"no native library: {native.why_unavailable('cpu')}")
+    native.load("cpu")
+    sin, cos = (torch.linspace(0.1, 0.9, 16).square().roll(i) for i in (0, 3))
+    weights, square, real, dt = torch.rand(2, 3, 8), 1 + torch.rand(2, 3), -torch.rand(2, 3), torch.rand(2)
+    leaves = [t.requires_grad_() for t in (weights, square, real, dt)]
+    torch.library.opcheck(torch.ops.seqlib.dplr_spectrum.default, (*leaves, sin, cos, 13))
+    with pytest.raises(BackendUnavailable, match="rank 2"):
+        ssm_kernel_dplr(*_dplr(2, 8, "legt", 16, torch.float32), 16, backend="native")
 
 
 @pytest.mark.parametrize("measure", ["legs", "fourier"])

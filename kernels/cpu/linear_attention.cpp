@@ -8,14 +8,14 @@
 namespace seqlib {
 namespace {
 
-// The real tokens of a batch as spans, and the checkpoints that each of them needs.
+// The real tokens of a batch as spans, and the checkpoints that each of them needs, one every `run` tokens.
 struct Plan {
   std::vector<AttentionSpan> spans;
   std::vector<int64_t> first_span{0};
   int64_t checkpoints = 0;
   bool covers = true;  // every position is a real token
 
-  Plan(int64_t batch, int64_t seqlen, int64_t every, const OptTensor& given) {
+  Plan(int64_t batch, int64_t seqlen, int64_t run, const OptTensor& given) {
     int64_t count = batch, real = 0, i = 0;
     const int32_t* span = nullptr;
     if (given) {
@@ -30,7 +30,6 @@ struct Plan {
         const int64_t begin = span ? span[4 * i + 1] : 0, end = span ? span[4 * i + 2] : seqlen;
         STD_TORCH_CHECK(0 <= begin && begin < end && end <= seqlen, "span out of range");
         spans.push_back({begin, end, checkpoints, span && span[4 * i + 3]});
-        const int64_t run = every * kAttentionChunk;
         checkpoints += (end - begin + run - 1) / run;
         real += end - begin;
       }
@@ -60,17 +59,19 @@ Heads heads(const Tensor& t, int64_t nheads) {
 struct Call {
   Tensor q, k, v;
   OptTensor log_decay, initial;
-  int64_t every;
+  bool per_channel;
+  int64_t chunk, every;
   Plan plan;
   AttentionArgs args{};
 
   Call(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptTensor& log_decay_, const OptTensor& initial_,
        const OptTensor& spans, double scale)
       : q(unit_stride(q_)), k(unit_stride(k_)), v(unit_stride(v_)), log_decay(floats(log_decay_)),
-        initial(floats(initial_)),
+        initial(floats(initial_)), per_channel(log_decay && log_decay->dim() == 4),
+        chunk(per_channel ? kChannelChunk : kAttentionChunk),
         // States between checkpoints are made again in the backward pass and should fit the cache.
         every(std::clamp<int64_t>(32768 / (k_.size(3) * v_.size(3)), 1, 8)),
-        plan(v_.size(0), v_.size(1), every, spans) {
+        plan(v_.size(0), v_.size(1), every * chunk, spans) {
     check_float(v, "v");
     STD_TORCH_CHECK(q.scalar_type() == v.scalar_type() && k.scalar_type() == v.scalar_type(),
                     "q, k, v must share a dtype");
@@ -107,7 +108,7 @@ struct Call {
   Tensor states(int64_t count) const { return empty_f32(v, {count, args.nheads, args.d_state, args.headdim}); }
   // Multiply-adds of one task.
   int64_t work(int64_t width) const {
-    return args.seqlen * (kAttentionChunk * (args.d_state + width) / 2 + args.d_state * width * 2);
+    return args.seqlen * (chunk * (args.d_state + width) / 2 + args.d_state * width * 2);
   }
 };
 
@@ -129,8 +130,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
     a.parts = (a.headdim + a.part_width - 1) / a.part_width;
   }
   const int64_t grain = std::max<int64_t>(1, 40000 / call.work(a.part_width));
+  auto kernel = call.per_channel ? linear_attention_channel_fwd_for() : linear_attention_fwd_for();
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa() == Isa::avx512bf16 && a.v.bf16 && !call.per_channel) kernel = avx512bf16::linear_attention_fwd;
+#endif
   torch::stable::parallel_for(0, tasks * a.parts, grain,
-                              [&](int64_t begin, int64_t end) { linear_attention_fwd_for()(a, begin, end); });
+                              [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return {y, final, checkpoints};
 }
 
@@ -159,6 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
   Tensor dv = call.output(v, {a.batch, a.seqlen, a.nheads, a.headdim});
   Tensor dinitial = call.states(a.batch);
   std::vector<int64_t> decays{a.batch, a.seqlen, a.nheads};
+  if (call.per_channel) decays.push_back(a.d_state);
   if (!needs_decay) decays = {0};
   if (g.constant && needs_decay) decays = {a.batch, a.nheads};
   Tensor dlog_decay = torch::stable::new_zeros(v, decays, Scalar::Float);
@@ -168,8 +174,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
   g.dlog_decay = needs_decay ? data<float>(dlog_decay) : nullptr;
   g.dinitial = data<float>(dinitial);
   const int64_t grain = std::max<int64_t>(1, 20000 / call.work(a.headdim));
+  const auto kernel = call.per_channel ? linear_attention_channel_bwd_for() : linear_attention_bwd_for();
   torch::stable::parallel_for(0, a.batch * a.nheads, grain,
-                              [&](int64_t begin, int64_t end) { linear_attention_bwd_for()(g, begin, end); });
+                              [&](int64_t begin, int64_t end) { kernel(g, begin, end); });
   auto over = [](const Tensor& t, int64_t axis) { return torch::stable::sum(t, std::vector<int64_t>{axis}); };
   auto per_head = [&](const Tensor& t, int64_t shared) {
     return shared == 1 ? t : over(torch::stable::view(t, {a.batch, a.seqlen, a.nheads / shared, shared, a.d_state}), 3);

@@ -7,6 +7,7 @@
 namespace seqlib {
 
 constexpr int kAttentionChunk = 64;
+constexpr int kChannelChunk = 16;  // with a decay per key channel
 
 // Heads (batch, seqlen, heads, width) with unit stride along the last axis.
 struct Heads {
@@ -25,7 +26,7 @@ struct AttentionSpan {
 
 struct AttentionArgs {
   Heads q, k, v;
-  const float* log_decay;  // null for none; strides as heads
+  const float* log_decay;  // null for none; strides as heads, channels next to each other
   int64_t decay_batch, decay_row, decay_head;
   const float* initial;  // (batch, nheads, d_state, headdim), null for zero
   const AttentionSpan* spans;
@@ -43,7 +44,7 @@ struct AttentionBackArgs {
   Heads dy;
   const float* dfinal;
   Heads dq, dk, dv;
-  float* dlog_decay;   // (batch, seqlen, nheads), or (batch, nheads) if constant; may be null
+  float* dlog_decay;   // (batch, seqlen, nheads[, d_state]), or (batch, nheads) if constant; may be null
   float* dinitial;
   bool constant;
 };
@@ -61,6 +62,12 @@ struct AttentionStepArgs {
 // Forward: task = (row, head, part of headdim). Backward and step: task = (row, head).
 SEQLIB_KERNEL(linear_attention_fwd, AttentionArgs)
 SEQLIB_KERNEL(linear_attention_bwd, AttentionBackArgs)
+SEQLIB_KERNEL(linear_attention_channel_fwd, AttentionArgs)
+SEQLIB_KERNEL(linear_attention_channel_bwd, AttentionBackArgs)
 SEQLIB_KERNEL(linear_attention_step, AttentionStepArgs)
+
+#if defined(__x86_64__) || defined(_M_X64)
+namespace avx512bf16 { void linear_attention_fwd(const AttentionArgs&, int64_t, int64_t); }
+#endif
 
 }  // namespace seqlib

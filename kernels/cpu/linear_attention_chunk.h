@@ -74,6 +74,11 @@ struct HeadRows {
   }
 };
 
+// Log-decays per channel in the form of heads; read only.
+inline Heads decays(const AttentionArgs& a) {
+  return {const_cast<float*>(a.log_decay), a.decay_batch, a.decay_row, a.decay_head, 1, false};
+}
+
 // The rows that come next, brought towards the cache a few lines at a time between tiles: they lie far apart, so the
 // hardware does not guess them, and asked for all at once they would wait for each other.
 class Ahead {
@@ -100,11 +105,63 @@ class Ahead {
     const char* row;
     int64_t stride, rows, bytes, column;
   };
-  Region regions_[5];
+  Region regions_[6];
   int count_ = 0, next_ = 0;
 };
 
 inline vf same(vf v, int64_t) { return v; }
+
+// A head's state, or a part of its columns, between its packed form and memory; null is zero.
+inline void load_state(const float* from, int64_t stride, int64_t n, int64_t width, float* to, int64_t rows,
+                       int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += W)
+      store(to + i * columns + j, from && i < n && j < width ? get(from + i * stride + j, width - j) : vf{});
+}
+
+inline void store_state(const float* from, int64_t columns, int64_t n, int64_t width, float* to, int64_t stride) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < width; j += W) put(to + i * stride + j, load(from + i * columns + j), width - j);
+}
+
+// Where a chunk of the forward pass stands: a head of a row, columns of its values, and positions.
+struct Place {
+  int64_t row, head, column, width, begin, count;
+};
+
+// Walks the chunks of tasks begin to end, states and checkpoints on the way: chunk(place) does the rest, with the state
+// in b.state. What is written now and what is read next is brought towards the cache meanwhile.
+template <int Size, class Buffers, class F>
+inline void walk(const AttentionArgs& a, Buffers& b, int64_t begin, int64_t end, F&& chunk) {
+  const int64_t size = a.d_state * a.headdim;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t part = task % a.parts, head = task / a.parts % a.nheads, row = task / a.parts / a.nheads;
+    const int64_t column = part * a.part_width, width = std::min(a.part_width, a.headdim - column);
+    const int64_t first = (row * a.nheads + head) * size + column;
+    load_state(a.initial ? a.initial + first : nullptr, a.headdim, a.d_state, width, b.state, b.n, b.p);
+    for (int64_t s = a.first_span[row]; s < a.first_span[row + 1]; ++s) {
+      const AttentionSpan& span = a.spans[s];
+      if (span.fresh) load_state(nullptr, 0, 0, 0, b.state, b.n, b.p);
+      int64_t number = 0;
+      for (int64_t at = span.begin; at < span.end; at += Size, ++number) {
+        if (a.checkpoints && number % a.every == 0) {
+          const int64_t slot = (span.checkpoint + number / a.every) * a.nheads + head;
+          store_state(b.state, b.p, a.d_state, width, a.checkpoints + slot * size + column, a.headdim);
+        }
+        const int64_t count = std::min<int64_t>(Size, span.end - at);
+        const int64_t next = std::min<int64_t>(Size, span.end - at - count);
+        b.ahead.clear();
+        b.ahead.add(HeadRows(a.y, row, at, head, column), count, width);
+        b.ahead.add(HeadRows(a.q, row, at + Size, head), next, a.d_state);
+        b.ahead.add(HeadRows(a.k, row, at + Size, head), next, a.d_state);
+        b.ahead.add(HeadRows(a.v, row, at + Size, head, column), next, width);
+        if (Size == kChannelChunk) b.ahead.add(HeadRows(decays(a), row, at + Size, head), next, a.d_state);
+        chunk(Place{row, head, column, width, at, count});
+      }
+    }
+    store_state(b.state, b.p, a.d_state, width, a.final + first, a.headdim);
+  }
+}
 
 }  // namespace
 }  // namespace seqlib::SEQLIB_ISA

@@ -22,29 +22,8 @@ struct Buffers {
   }
 };
 
-void load_state(const float* from, int64_t stride, int64_t n, int64_t width, Buffers& b) {
-  for (int64_t i = 0; i < b.n; ++i)
-    for (int64_t j = 0; j < b.p; j += W)
-      store(b.state + i * b.p + j, from && i < n && j < width ? get(from + i * stride + j, width - j) : vf{});
-}
-
-void store_state(const Buffers& b, int64_t n, int64_t width, float* to, int64_t stride) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < width; j += W) put(to + i * stride + j, load(b.state + i * b.p + j), width - j);
-}
-
-// What is written now and what is read next.
-void look_ahead(const AttentionArgs& a, Buffers& b, int64_t row, int64_t head, int64_t column, int64_t width,
-                int64_t begin, int64_t count, int64_t next_count) {
-  b.ahead.clear();
-  b.ahead.add(HeadRows(a.y, row, begin, head, column), count, width);
-  b.ahead.add(HeadRows(a.q, row, begin + C, head), next_count, a.d_state);
-  b.ahead.add(HeadRows(a.k, row, begin + C, head), next_count, a.d_state);
-  b.ahead.add(HeadRows(a.v, row, begin + C, head, column), next_count, width);
-}
-
-void chunk(const AttentionArgs& a, Buffers& b, int64_t row, int64_t head, int64_t column, int64_t width, int64_t begin,
-           int64_t count) {
+void chunk(const AttentionArgs& a, Buffers& b, const Place& place) {
+  const auto [row, head, column, width, begin, count] = place;
   const ChunkDecay& decay = b.decay;
   b.decay.fill(a, row, head, begin, count);
   const int64_t rows = round_up(count, kRows), n = b.n, p = b.p;
@@ -90,28 +69,7 @@ void chunk(const AttentionArgs& a, Buffers& b, int64_t row, int64_t head, int64_
 void forward(const AttentionArgs& a, int64_t begin, int64_t end) {
   const FlushDenormals flush;
   Buffers b(a);
-  const int64_t size = a.d_state * a.headdim;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t part = task % a.parts, head = task / a.parts % a.nheads, row = task / a.parts / a.nheads;
-    const int64_t column = part * a.part_width, width = std::min(a.part_width, a.headdim - column);
-    const int64_t first = (row * a.nheads + head) * size + column;
-    load_state(a.initial ? a.initial + first : nullptr, a.headdim, a.d_state, width, b);
-    for (int64_t s = a.first_span[row]; s < a.first_span[row + 1]; ++s) {
-      const AttentionSpan& span = a.spans[s];
-      if (span.fresh) load_state(nullptr, 0, 0, 0, b);
-      int64_t number = 0;
-      for (int64_t at = span.begin; at < span.end; at += C, ++number) {
-        if (a.checkpoints && number % a.every == 0) {
-          const int64_t slot = (span.checkpoint + number / a.every) * a.nheads + head;
-          store_state(b, a.d_state, width, a.checkpoints + slot * size + column, a.headdim);
-        }
-        const int64_t count = std::min<int64_t>(C, span.end - at), next = std::min<int64_t>(C, span.end - at - count);
-        look_ahead(a, b, row, head, column, width, at, count, next);
-        chunk(a, b, row, head, column, width, at, count);
-      }
-    }
-    store_state(b, a.d_state, width, a.final + first, a.headdim);
-  }
+  walk<C>(a, b, begin, end, [&](const Place& place) { chunk(a, b, place); });
 }
 
 // Columns [j, j + V vectors) of one head's state and output; `lanes` of them if V is 1.

@@ -13,6 +13,7 @@ from seqlib.hf.configuration import SeqlibConfig
 
 if TYPE_CHECKING:
     from seqlib.hf.cache import SeqlibCache
+    from seqlib.hf.card import Card
     from seqlib.hf.modeling import (
         SeqlibForCausalLM,
         SeqlibForSequenceClassification,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ByteTokenizer",
+    "Card",
     "SeqlibCache",
     "SeqlibConfig",
     "SeqlibForCausalLM",
@@ -37,6 +39,7 @@ __all__ = [
 
 _MODULES = {
     "ByteTokenizer": "tokenizer",
+    "Card": "card",
     "SeqlibCache": "cache",
     "SeqlibTrainer": "trainer",
     "SeqlibForPairClassification": "pair",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.generation import GenerationMixin
@@ -19,18 +22,22 @@ from transformers.utils.output_capturing import capture_outputs
 
 from seqlib.errors import UnsupportedInput
 from seqlib.hf.cache import SeqlibCache
+from seqlib.hf.card import Card
 from seqlib.hf.configuration import SeqlibConfig
 from seqlib.hf.inputs import padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
+from seqlib.hf.rollback import Span
 from seqlib.hf.tokenizer import ByteTokenizer
 from seqlib.layers.init import normal_
 from seqlib.layers.linear import Linear
 from seqlib.layers.mlp import MLP
+from seqlib.layers.moe import MoE
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
+from seqlib.models.aside import Aside, AsideUse, LowRank
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
-from seqlib.models.heads import lm_loss, pool
+from seqlib.models.heads import Embedding, NumberEmbedding, finish_logits, lm_loss, pool
 from seqlib.sequence import StateList
 
 __all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
@@ -46,7 +53,9 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]  # noqa: RUF012 - instance attributes of the base class
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _can_record_outputs = {"hidden_states": Block}  # noqa: RUF012
-    _is_stateful = True  # a recurrent state cannot drop rejected tokens, so generate() refuses assisted decoding
+    card: Card | None = None
+    """What the model card says beside the config; set it before saving or pushing."""
+    _is_stateful = False  # our caches take rejected tokens back, so generate() may speculate
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +67,22 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 `ignore_mismatched_sizes=True` accepts all but NaN and infinity.
         """
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with a model card: `self.card` if it was set, else one where the folder has none."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self._write_card(Path(save_directory), replace=self.card is not None)
+
+    def _write_card(self, folder: Path, *, replace: bool) -> None:
+        file = folder / "README.md"
+        if replace or not file.exists():
+            file.write_text((self.card or Card()).render(self), encoding="utf-8")
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Every way of pushing ends here, with a card of transformers' own in place of the one that was saved.
+        known = HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token"))
+        self._write_card(Path(working_dir), replace=self.card is not None or not known)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def init_weights(self) -> None:
         self.tie_weights()  # every part has initialised itself in its constructor
@@ -72,7 +97,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 continue
             if isinstance(module, nn.Embedding) or module in heads:
                 self._init_weights(module)
-            elif isinstance(module, (Mixer, MLP, RMSNorm)):
+            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm, Aside, AsideUse, LowRank)):
                 module.reset_parameters()
 
     @torch.no_grad()
@@ -87,7 +112,11 @@ class SeqlibModel(SeqlibPreTrainedModel):
 
     def __init__(self, config: SeqlibConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_tokens = (
+            NumberEmbedding(config.vocab_size, config.d_model)
+            if config.embedding == "number"
+            else Embedding(config.vocab_size, config.d_model, config.embed_scale)
+        )
         self.backbone = Backbone(config.backbone)
         normal_(self.embed_tokens.weight, config.initializer_range)
         # What has optimizer options of its own (A_log, D, dt_bias) also wants full precision, built or loaded.
@@ -95,10 +124,10 @@ class SeqlibModel(SeqlibPreTrainedModel):
         for name, parameter in self.backbone.named_parameters():
             if name in special and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
-        self._keep_in_fp32_modules_strict = {rf"\.{name.rpartition('.')[2]}$" for name in special}  # patterns
+        self._keep_in_fp32_modules_strict = {rf"(?<![^.]){name.rpartition('.')[2]}$" for name in special}  # patterns
         self.post_init()
 
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -120,6 +149,29 @@ class SeqlibModel(SeqlibPreTrainedModel):
             use_cache: return a cache; None: config.use_cache when not training.
             position_ids, seq_idx, cu_seq_lens_q: where documents of packed rows start, see `hf.inputs.sequence_info`.
         """
+        outputs = self._hidden_states(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, cu_seq_lens_q,
+            **kwargs,
+        )  # fmt: skip
+        seqlen = outputs.last_hidden_state.shape[1]
+        if any(h is not None and h.shape[1] > seqlen for h in outputs.hidden_states or ()):
+            # Tokens that ran once more after a crop come first.
+            outputs.hidden_states = tuple(h if h is None else h[:, -seqlen:] for h in outputs.hidden_states)
+        return outputs
+
+    @capture_outputs
+    def _hidden_states(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: SeqlibCache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise UnsupportedInput("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None and not isinstance(past_key_values, SeqlibCache):
@@ -134,28 +186,41 @@ class SeqlibModel(SeqlibPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if cache is None and use_cache:
             cache = SeqlibCache()
-        state = None if cache is None else cache.states
-        if state is None and cache is not None and cache.max_seqlen is not None:
-            state = self.backbone.initial_state(batch, cache.max_seqlen, x.device, x.dtype)
+        depth = self.config.n_layer  # transformers lowers it while the first layers draft tokens
+        if cache is not None and cache.states is None and cache.max_seqlen is not None:
+            cache.states = self.backbone.initial_state(batch, cache.max_seqlen, x.device, x.dtype, depth)
         seq = sequence_info(
             batch,
             seqlen,
-            0 if state is None else state.seqlen,
+            0 if cache is None else cache.get_seq_length(),
             attention_mask=attention_mask,
             position_ids=position_ids,
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
         )
         recorded = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        plain = seqlen == 1 and seq is None and not torch.is_grad_enabled() and not recorded
-        if plain and cache is not None and state is not None and self._has_room(cache, state, x.device):
-            hidden, state = self.backbone.step(x[:, 0], state)
-            hidden = hidden.unsqueeze(1)
+        if cache is None:
+            hidden, _ = self.backbone(x, None, seq, depth)
         else:
-            hidden, state = self.backbone(x, state, seq)
-        if cache is not None:
-            cache.states = state
+            hidden = self._advance(cache, Span(x, seq), depth, bool(recorded))
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
+
+    def _advance(self, cache: SeqlibCache, new: Span, depth: int, recorded: bool) -> Tensor:
+        """Hidden states of a span that follows the cache, which then stands behind it."""
+        state, record = cache.states, cache.record
+        plain = len(new) == 1 and new.seq is None and not torch.is_grad_enabled() and not recorded
+        if plain and state is not None and (record is None or not record.broken):
+            if self._has_room(cache, state, new.x.device):
+                if record is not None:
+                    state = record.note_step(state, new)
+                hidden, cache.states = self.backbone.step(new.x[:, 0], state, depth)
+                return hidden.unsqueeze(1)
+        if record is None:
+            hidden, cache.states = self.backbone(new.x, state, new.seq, depth)
+        else:
+            run = partial(self.backbone, depth=depth)
+            hidden, cache.states = record.forward(run, state, new, whole=recorded)
+        return hidden
 
     def _has_room(self, cache: SeqlibCache, state: StateList, device: torch.device) -> bool:
         """Whether `step` may write one more token. On a GPU it does not look, so that nothing waits for the device."""
@@ -198,9 +263,14 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             return_logits: False with labels computes the loss from the hidden states, a few positions at a time, and
                 leaves `logits` None: at long lengths the logits are most of the memory. `SeqlibTrainer` asks for it
                 wherever nobody looks at logits.
+            shift_labels: (batch, seqlen), labels that are shifted already (as for sequences that are split over
+                devices), in place of `labels`; logits are then always made.
             num_items_in_batch: what the summed loss is divided by; None: the number of scored tokens.
         """
         num_items = kwargs.pop("num_items_in_batch", None)
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # Trainer takes every argument named so for a column of its data
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -212,15 +282,15 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
-        if labels is not None and not return_logits and plain:
-            loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items)
-        elif return_logits or labels is not None:
+        shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
+        if labels is not None and shift_labels is None and not return_logits and plain:
+            loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items, **shape)
+        elif return_logits or labels is not None or shift_labels is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, keep])
-            if labels is not None:
-                loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items
-                )
+            logits = finish_logits(self.lm_head(hidden[:, keep]), **shape)
+            if labels is not None or shift_labels is not None:
+                options = {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items}
+                loss = self.loss_function(logits=logits, labels=labels, shift_labels=shift_labels, **options)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits if return_logits else None,
@@ -245,7 +315,10 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
                 f"cache_implementation={wanted!r} is not available for seqlib models; leave it out: states are "
                 "allocated once and key-value states only exist in attention layers"
             )
-        model_kwargs["past_key_values"] = SeqlibCache(max_seqlen=max_cache_length)
+        cache = SeqlibCache(max_seqlen=max_cache_length)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()  # the other model will take drafts back
+        model_kwargs["past_key_values"] = cache
 
 
 class SeqlibForSequenceClassification(SeqlibPreTrainedModel):

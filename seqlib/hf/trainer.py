@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import DataCollatorWithFlattening, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from seqlib.layers.kept import accumulating
 from seqlib.models.backbone import param_groups
 
 __all__ = ["SeqlibTrainer"]
@@ -25,6 +27,7 @@ class SeqlibTrainer(Trainer):
 
     - weight decay falls on matrices only, and mixers get the learning rate and decay they ask for (A_log, D, dt_bias);
     - while nobody looks at logits, a language model computes its loss without them;
+    - with gradient accumulation on one process, the kernels of long convolutions are made once per step;
     - a checkpoint is written aside and renamed when it is whole, so a killed process or a full disk leaves the one
       before it as the last.
 
@@ -35,11 +38,25 @@ class SeqlibTrainer(Trainer):
     """
 
     _staged = False
+    _first_pass = True
 
     def __init__(self, *args: Any, packed: bool = False, **kwargs: Any) -> None:
         if packed:
             kwargs["data_collator"] = DataCollatorWithFlattening()
         super().__init__(*args, **kwargs)
+        self._passes = ExitStack()
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        shares = self.args.gradient_accumulation_steps > 1 and self.args.world_size == 1 and self.args.n_gpu <= 1
+        first = self._first_pass
+        with self._passes as passes:
+            if shares and first:
+                passes.enter_context(accumulating(model))
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._first_pass = self.accelerator.sync_gradients
+            if not self._first_pass:
+                self._passes = passes.pop_all()
+        return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model

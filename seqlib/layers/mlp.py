@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,11 +14,12 @@ from seqlib.errors import ConfigError
 from seqlib.layers.init import linear_
 from seqlib.layers.linear import Linear
 
-__all__ = ["MLP", "MLPConfig"]
+__all__ = ["ACTIVATIONS", "MLP", "MLPConfig"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
     "identity": lambda x: x,
@@ -33,11 +36,13 @@ class MLPConfig:
     """y = down(act(gate(x)) * up(x)) (SwiGLU, and SGLU with activation "identity"); otherwise down(act(up(x)))."""
     activation: str = "silu"
     bias: bool = False
+    gate_scale: float = 1.0
+    """Factor of gate(x) before the activation."""
     multiple_of: int = 128
 
     def __post_init__(self) -> None:
-        if self.activation not in _ACTIVATIONS:
-            raise ConfigError(f"mlp activation {self.activation!r} is unknown; known: {', '.join(_ACTIVATIONS)}")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"mlp activation {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         if self.multiple_of < 1 or (self.d_mlp is not None and self.d_mlp < 1):
             raise ConfigError(f"mlp widths must be positive, got d_mlp={self.d_mlp}, multiple_of={self.multiple_of}")
 
@@ -47,6 +52,10 @@ class MLPConfig:
             return self.d_mlp
         wanted = -(-8 * d_model // 3) if self.gated else 4 * d_model
         return -(-wanted // self.multiple_of) * self.multiple_of
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return dataclasses.asdict(self)
 
 
 class MLP(nn.Module):
@@ -58,7 +67,7 @@ class MLP(nn.Module):
     def __init__(self, config: MLPConfig, d_model: int, *, residual_scale: float = 1.0) -> None:
         super().__init__()
         width = config.width(d_model)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation, self.gate_scale = ACTIVATIONS[config.activation], config.gate_scale
         self.residual_scale = residual_scale
         self.up_proj = Linear(d_model, width, bias=config.bias)
         self.gate_proj = Linear(d_model, width, bias=config.bias) if config.gated else None
@@ -74,4 +83,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        return self.down_proj(
+            self.activation(gate if self.gate_scale == 1 else gate * self.gate_scale) * self.up_proj(x)
+        )

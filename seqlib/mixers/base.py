@@ -24,7 +24,7 @@ from seqlib.dispatch import preferred
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.sequence import SequenceInfo, State
 
-__all__ = ["Mixer", "MixerConfig", "positive", "wide", "wide_dtype"]
+__all__ = ["Mixer", "MixerConfig", "positive", "unpadded", "wide", "wide_dtype"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class Mixer(nn.Module, Generic[C]):
     Config: ClassVar[type[MixerConfig]]
     supports: ClassVar[frozenset[str]] = frozenset({"packed", "padded", "initial_state"})
     """Of {"packed", "padded", "bidirectional", "initial_state", "sequence_parallel"}."""
+    takes_residual: ClassVar[bool] = False
+    """`forward` and `step` also take `residual`, the stream that their result is added to, before its norm."""
     layer_type: ClassVar[str] = "linear_attention"
     """The Hugging Face name of this kind of layer: linear_attention, full_attention or sliding_attention."""
 
@@ -136,9 +138,21 @@ def positive(config: MixerConfig, *names: str) -> None:
             raise ConfigError(f"{config.kind}: {name} must be a positive integer, got {value!r}")
 
 
+def unpadded(config: MixerConfig, seq: SequenceInfo | None) -> SequenceInfo | None:
+    """`seq` with padding taken for tokens, as published code does that `lra_faithful` repeats."""
+    if seq is not None and seq.starts is not None:
+        raise UnsupportedInput(f"{config.kind} with lra_faithful=True knows no packed documents; pad them")
+    return None
+
+
 def wide_dtype(like: Tensor) -> torch.dtype:
     """The dtype of states and decays: float32, or float64 where the parameters are float64."""
     return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def wide_complex(like: Tensor) -> torch.dtype:
+    """The same of complex states; torch's compiler cannot trace `dtype.to_complex`."""
+    return torch.complex128 if like.dtype == torch.float64 else torch.complex64
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.feature_maps import FEATURE_MAPS, SIGNED, feature_size
 from seqlib.layers.init import linear_
 from seqlib.layers.linear import Linear
-from seqlib.mixers.base import MixerConfig, positive
+from seqlib.layers.positions import advance, positions
+from seqlib.mixers.base import MixerConfig, positive, unpadded
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import linear_attention
 from seqlib.ops.linear_attention import step as attention_step
@@ -37,6 +38,8 @@ class LinearTransformerConfig(MixerConfig):
     causal: bool = True
     """False sees the whole sequence; such a layer has no state to go on from."""
     bias: bool = False
+    lra_faithful: bool = False
+    """Padding counts as tokens, as in google-research/long-range-arena."""
 
     def __post_init__(self) -> None:
         positive(self, "nheads", "d_feature")
@@ -83,25 +86,41 @@ class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
         self, x: Tensor, state: MatrixState | None = None, seq: SequenceInfo | None = None
     ) -> tuple[Tensor, MatrixState]:
         self.check(x, seq)
+        if self.config.lra_faithful:
+            seq = unpadded(self.config, seq)
+        matrix, before = (None, None) if state is None else (state.state, state.length)
+        q, k, v = self._heads(x)
+        if self.counts:
+            q, k = self.placed(q, k, positions(x, before, seq))
         y, matrix = linear_attention(
-            *self._heads(x), initial_state=None if state is None else state.state, causal=self.config.causal, seq=seq,
-            backend=self.backend("linear_attention"),
-        )  # fmt: skip
-        return self._out(y), MatrixState(matrix)
+            q, k, v, initial_state=matrix, causal=self.config.causal, seq=seq, backend=self.backend("linear_attention")
+        )
+        return self._out(y), MatrixState(matrix, length=advance(x, before, seq) if self.counts else None)
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         if not self.config.causal:
             raise UnsupportedInput(f"{self.config.kind} with causal=False cannot decode token by token")
         q, k, v = self._heads(x)
+        if state.length is not None:
+            q, k = self.placed(q, k, state.length)
+            state.length += 1
         return self._out(attention_step(q, k, v, None, state.state)), state
+
+    def placed(self, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Features that know the positions of their tokens, for subclasses that count them."""
+        return q, k
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         q, k, v = (p(x).unflatten(-1, (c.nheads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        features = FEATURE_MAPS[c.feature_map]
-        return features(q), features(k), F.pad(v, (0, 1), value=1.0) if c.normalized else v
+        q, k = self._features(q, k)
+        return q, k, F.pad(v, (0, 1), value=1.0) if c.normalized else v
+
+    def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        features = FEATURE_MAPS[self.config.feature_map]
+        return features(q), features(k)
 
     def _out(self, y: Tensor) -> Tensor:
         if self.config.normalized:
             y = y[..., :-1] / (y[..., -1:] + self.config.eps)
-        return self.o_proj(y.flatten(-2))
+        return self.o_proj(y.flatten(-2).to(self.o_proj.weight.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
-from seqlib.layers.lti import Recurrence, continue_span
+from seqlib.layers.lti import Diagonal, Recurrence, add_carried, final_state
 from seqlib.layers.readout import Readout
-from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
+from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_complex, wide_dtype
 from seqlib.ops import long_conv
 from seqlib.sequence import SequenceInfo, State
 
@@ -50,6 +50,7 @@ class SSMConfig(ConvConfig):
 
     d_state: int = 64
     """Real states per channel; complex ones come in conjugate pairs, so half as many are stored. Even."""
+    pairs: ClassVar[bool] = True
     n_ssm: int = 1
     """Different A and B among the channels; channel i has number i % n_ssm."""
     dt_min: float = 1e-3
@@ -62,7 +63,7 @@ class SSMConfig(ConvConfig):
 
     def __post_init__(self) -> None:
         positive(self, "d_state", "n_ssm")
-        if self.d_state % 2:
+        if self.pairs and self.d_state % 2:
             raise ConfigError(f"{self.kind}: d_state must be even (conjugate pairs), got {self.d_state}")
         if not 0 < self.dt_min <= self.dt_max:
             raise ConfigError(f"{self.kind}: need 0 < dt_min <= dt_max, got {self.dt_min} and {self.dt_max}")
@@ -77,6 +78,21 @@ class SSMState(State):
     """ssm: (batch, d_model, states), float32 or complex64."""
 
     ssm: Tensor
+
+    @classmethod
+    def later(cls, make: Callable[[], Tensor]) -> SSMState:
+        """A state that is made when somebody looks at it: a training step does not, and would pay a third for it."""
+        state = cls.__new__(cls)
+        vars(state)["make"] = make
+        return state
+
+    def __getattr__(self, name: str) -> Tensor:
+        make = vars(self).pop("make", None) if name == "ssm" else None
+        if make is None:
+            raise AttributeError(name)
+        with torch.enable_grad():
+            self.ssm = make()
+        return self.ssm
 
 
 @dataclass
@@ -129,7 +145,8 @@ class TimeInvariant(Mixer[C]):
         c = self.config
         low, high = math.log(c.dt_min), math.log(c.dt_max)
         log_dt = torch.rand(self.d_model, device=self.D.device).mul(high - low).add(low)
-        fill_(self.inv_dt, log_dt if c.dt_transform == "exp" else torch.log(torch.expm1(log_dt.exp())))
+        start = log_dt if c.dt_transform == "exp" else torch.log(torch.expm1(log_dt.exp()))
+        fill_(self.inv_dt, start.view(-1, *[1] * (self.inv_dt.dim() - 1)))
         normal_(self.D, 1.0)
         self.readout.reset_parameters()
 
@@ -155,8 +172,29 @@ class TimeInvariant(Mixer[C]):
         )  # fmt: skip
         if self.config.bidirectional:
             return self.readout(y), NoState()
-        y, ssm = continue_span(self.system(), x, y, None if state is None else state.ssm, seq)
-        return self.readout(y), SSMState(ssm)
+        system, before = self.system(), None if state is None else state.ssm
+        if before is not None:
+            y = add_carried(y, system.outputs(before, x.shape[1]), seq)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.readout(y), SSMState.later(lambda: final_state(system, x, before, seq))
+        return self.readout(y), SSMState(final_state(system, x, before, seq))
+
+    def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+        decay, B_bar, C = self._kept("step", self.rate, self.sources(), self._recurrence)
+        u = x.to(wide_dtype(self.D))
+        h = as_real(state.ssm.mul_(decay)).addcmul_(B_bar, u[..., None])
+        return self.readout(((h * C).sum(-1) + self.D * u).to(x.dtype)), state
+
+    def _recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Decays in the dtype of the state, and B_bar and C as real numbers, for diagonal systems."""
+        _, dtype = self.state_shape()
+        system = self.make_system()
+        assert isinstance(system, Diagonal)
+        C = (2 if system.pairs else 1) * system.C.detach().to(dtype)
+        if dtype.is_complex:
+            C = C.conj().resolve_conj()
+        B_bar = system.B_bar.detach().to(dtype)
+        return system.log_decay.detach().exp().to(dtype), as_real(B_bar), as_real(C)
 
     def kernel(self, length: int) -> Tensor:
         if length * self.d_model > KEEP:
@@ -168,7 +206,7 @@ class TimeInvariant(Mixer[C]):
 
     def state_shape(self) -> tuple[int, torch.dtype]:
         """States per channel and their dtype."""
-        return self.config.d_state // 2, wide_dtype(self.D).to_complex()
+        return self.config.d_state // 2, wide_complex(self.D)
 
     def initial_state(
         self,

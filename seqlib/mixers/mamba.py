@@ -144,6 +144,8 @@ class Mamba(Mixer[MambaConfig]):
 
     def _A_kept(self) -> Tensor:
         """`_A` without gradient, computed again only when A_log has changed."""
+        if torch.compiler.is_compiling():
+            return self._A()
         key = (self.A_log.data_ptr(), self.A_log._version)
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, self._A().detach())

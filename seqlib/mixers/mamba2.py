@@ -51,8 +51,12 @@ class Mamba2Config(MixerConfig):
     """Gated RMSNorm over the groups' channels; False only gates."""
     norm_before_gate: bool = False
     norm_eps: float = 1e-5
+    in_scales: tuple[float, ...] | None = None
+    """Factors of z, x, B, C and dt as they leave in_proj (Falcon-H1); None is 1."""
     conv_bias: bool = True
     bias: bool = False
+    out_bias: bool | None = None
+    """Bias of out_proj; None is the same as `bias`."""
     conv_init: float | None = None
     """Bound of the uniform convolution weights; None is 1/sqrt(d_conv)."""
 
@@ -67,6 +71,10 @@ class Mamba2Config(MixerConfig):
             raise ConfigError(
                 f"mamba2: need 0 <= dt_limit_min <= dt_limit_max, got {self.dt_limit_min} and {self.dt_limit_max}"
             )
+        if self.in_scales is not None:
+            object.__setattr__(self, "in_scales", tuple(self.in_scales))
+            if len(self.in_scales) != 5:
+                raise ConfigError(f"mamba2: in_scales are factors of z, x, B, C and dt, got {self.in_scales}")
 
 
 class Mamba2(MatrixMixer[Mamba2Config]):
@@ -100,7 +108,7 @@ class Mamba2(MatrixMixer[Mamba2Config]):
         self.A_log = nn.Parameter(torch.empty(self.nheads))
         self.D = nn.Parameter(torch.empty(self.nheads, c.headdim if c.D_per_channel else 1))
         self.norm_weight = nn.Parameter(torch.empty(self.d_inner)) if c.norm else None
-        self.out_proj = Linear(self.d_inner, d_model, bias=c.bias)
+        self.out_proj = Linear(self.d_inner, d_model, bias=c.bias if c.out_bias is None else c.out_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -140,6 +148,11 @@ class Mamba2(MatrixMixer[Mamba2Config]):
         return self._out(attention_step(q, k, v, log_decay, state.state), x, z), state
 
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
+        c = self.config
+        if c.in_scales is not None:
+            width = c.ngroups * c.d_state
+            parts = projected.split([self.d_inner, self.d_inner, width, width, self.nheads], -1)
+            projected = torch.cat([part * scale for part, scale in zip(parts, c.in_scales)], -1)
         return projected.split([self.d_inner, self.conv1d.weight.shape[0], self.nheads], -1)
 
     def _heads(self, x: Tensor, dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

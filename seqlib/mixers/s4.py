@@ -105,9 +105,15 @@ class S4(TimeInvariant[S4Config]):
         if length < 1:
             raise UnsupportedInput(f"length must be at least 1, got {length}")
         A, P, B, C = self._matrices()
-        dt = self.dt() / self.rate
-        re, im = dplr_dense(A, P, B, C, dt, int(self.l_kernel)).C.chunk(2, -1)
-        self.C.copy_(torch.view_as_real(dplr_truncate(A, P, torch.complex(re, -im) / 2, dt, length)))
+        re, im = dplr_dense(A, P, B, C, self.dt() / self.rate, int(self.l_kernel)).C.chunk(2, -1)
+        self.truncate(length, torch.complex(re, -im) / 2)
+
+    @torch.no_grad()
+    def truncate(self, length: int, plain: Tensor | None = None) -> None:
+        """Store a plain readout, complex (directions, d_model, d_state / 2), for `length` positions; None is `C`."""
+        A, P, _, C = self._matrices()
+        C = dplr_truncate(A, P, C if plain is None else plain, self.dt() / self.rate, length)
+        self.C.copy_(torch.view_as_real(C))
         self.l_kernel.fill_(length)
 
     def param_groups(self) -> list[tuple[list[str], dict[str, Any]]]:
@@ -160,7 +166,7 @@ class S4(TimeInvariant[S4Config]):
         return self.shared(A), self.shared(P), self.shared(B), C
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        s = self._kept("step", self.rate, self.sources(), self._recurrence)
+        s = self._kept("step", self.rate, self.sources(), self._low_rank)
         u = x.to(wide_dtype(self.D))
         flat = as_real(state.ssm)
         low = [-(flat * row).sum(-1, keepdim=True) for row in s.r]
@@ -170,18 +176,17 @@ class S4(TimeInvariant[S4Config]):
             flat.addcmul_(column, amount)
         return self.readout(((flat * s.C).sum(-1) + self.D * u).to(x.dtype)), state
 
-    def _recurrence(self) -> _Step:
+    def _low_rank(self) -> _Step:
         A, P, B, C = self._matrices()
         decay, q, r, B_bar = dplr_recurrence(A, P, B, self.dt())
         re, im = dplr_dense(A, P, B, C[0], self.dt(), self.positions).C.chunk(2, -1)
         _, dtype = self.state_shape()
-        real = dtype.to_real()
         return _Step(
             decay.to(dtype),
             as_real(q.to(dtype)),
             as_real(r.to(dtype).conj().resolve_conj()),  # Re(r h) = Re r Re h - Im r Im h
             as_real(B_bar.to(dtype)),
-            torch.stack([re, im], -1).flatten(-2).to(real),
+            torch.stack([re, im], -1).flatten(-2).to(wide_dtype(self.D)),
         )
 
 

@@ -14,7 +14,7 @@ from seqlib.layers.hippo import DIAGONAL, diagonal
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.lti import Diagonal
 from seqlib.mixers.base import MixerConfig, wide, wide_dtype
-from seqlib.mixers.lti import SSMConfig, SSMState, TimeInvariant, as_real
+from seqlib.mixers.lti import SSMConfig, TimeInvariant
 from seqlib.ops import ssm_kernel_diag
 from seqlib.ops.ssm_kernel import discretize
 
@@ -97,22 +97,6 @@ class S4D(TimeInvariant[S4DConfig]):
             A = torch.complex(A, wide(self.A_imag))
             B, C = torch.view_as_complex(B), torch.view_as_complex(C)
         return self.shared(A), self.shared(B), C
-
-    def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        decay, B_bar, C = self._kept("step", self.rate, self.sources(), self._recurrence)
-        u = x.to(wide_dtype(self.D))
-        h = as_real(state.ssm.mul_(decay)).addcmul_(B_bar, u[..., None])
-        return self.readout(((h * C).sum(-1) + self.D * u).to(x.dtype)), state
-
-    def _recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Decays in the dtype of the state, and B_bar and C as real numbers, (d_model, n) or (d_model, 2n)."""
-        _, dtype = self.state_shape()
-        system = self.make_system()
-        C = (2 if system.pairs else 1) * system.C.detach().to(dtype)
-        if dtype.is_complex:
-            C = C.conj().resolve_conj()
-        B_bar = system.B_bar.detach().to(dtype)
-        return system.log_decay.detach().exp().to(dtype), as_real(B_bar), as_real(C)
 
     def state_shape(self) -> tuple[int, torch.dtype]:
         n, dtype = super().state_shape()

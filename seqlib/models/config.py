@@ -10,9 +10,41 @@ from typing import Any
 
 from seqlib.errors import ConfigError
 from seqlib.layers.mlp import MLPConfig
+from seqlib.layers.moe import channel_config
 from seqlib.mixers import MixerConfig, mixer_config
+from seqlib.models.aside import AsideConfig
 
-__all__ = ["BackboneConfig", "expand_pattern"]
+__all__ = ["BackboneConfig", "BlockConfig", "expand_pattern"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What stands around the mixer in the layers of one name."""
+
+    mlp: MLPConfig | None = None
+    """Channel mixer after the sequence mixer; None for none."""
+    norm: str = "pre"
+    """"pre": x + f(norm(x));  "post": x + norm(f(x)) (OLMo);  "stream": n + f(n) with n = norm(x) (MiniMax)."""
+    mixer_scale: float = 1.0
+    mlp_scale: float = 1.0
+    """Factors of what each branch adds."""
+    mixer_skip: float = 1.0
+    mlp_skip: float = 1.0
+    """Factors of what it is added to."""
+    aside: bool = False
+    """The mixer also reads what a block of `BackboneConfig.aside` makes of x."""
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("pre", "post", "stream"):
+            raise ConfigError(f"block: norm must be 'pre', 'post' or 'stream', got {self.norm!r}")
+        if self.aside and self.norm != "pre":
+            raise ConfigError(f"block: aside needs norm='pre', got {self.norm!r}")
+        object.__setattr__(self, "mlp", channel_config(self.mlp))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that differ from the defaults."""
+        changed = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+        return changed if self.mlp is None else changed | {"mlp": self.mlp.to_dict()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +65,13 @@ class BackboneConfig:
     """A name per layer. The short form "m*5 a" is expanded, and tiled over n_layer, when the config is made."""
     mlp: MLPConfig | None = None
     """Channel mixer after every sequence mixer; None for none, as in Mamba."""
+    blocks: Mapping[str, BlockConfig] = dataclasses.field(default_factory=dict)
+    """Blocks of the layers with these names of the pattern; layers with other names have `mlp` in a plain block."""
+    aside: AsideConfig | None = None
+    """Transformer blocks that several layers share, see `BlockConfig.aside`."""
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    """Norms multiply by their weight plus this (1 in Gemma and Qwen3-Next, where weights start at 0)."""
     residual_in_fp32: bool = True
     """Keep the residual stream in float32 whatever the dtype of the parameters."""
     tile: str = "exact"
@@ -49,13 +87,19 @@ class BackboneConfig:
         set_ = object.__setattr__  # the stored value is always the expanded one
         set_(self, "mixers", {name: mixer_config(values) for name, values in self.mixers.items()})
         set_(self, "layer_pattern", expand_pattern(self.layer_pattern, self.n_layer, self.mixers, self.tile))
-        if isinstance(self.mlp, Mapping):
-            set_(self, "mlp", _from_fields(MLPConfig, self.mlp, "mlp"))
+        set_(self, "mlp", channel_config(self.mlp))
+        set_(self, "blocks", {name: _block(values) for name, values in self.blocks.items()})
+        unused = sorted(self.blocks.keys() - set(self.layer_pattern))
+        if unused:
+            raise ConfigError(f"blocks {', '.join(unused)} do not occur in layer_pattern; remove or use them")
+        if isinstance(self.aside, Mapping):
+            set_(self, "aside", _from_fields(AsideConfig, self.aside, "aside"))
+        if any(block.aside for block in self.blocks.values()) != (self.aside is not None):
+            raise ConfigError("blocks aside need both BackboneConfig.aside and a layer whose block has aside=True")
 
-    @property
-    def branches(self) -> int:
-        """Residual branches per layer."""
-        return 1 if self.mlp is None else 2
+    def block(self, layer_index: int) -> BlockConfig:
+        """What stands around the mixer of one layer."""
+        return self.blocks.get(self.layer_pattern[layer_index]) or BlockConfig(mlp=self.mlp)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold; `from_dict` reads them back exactly."""
@@ -63,7 +107,9 @@ class BackboneConfig:
         return plain | {
             "mixers": {name: config.to_dict() for name, config in self.mixers.items()},
             "layer_pattern": list(self.layer_pattern),
-            "mlp": None if self.mlp is None else dataclasses.asdict(self.mlp),
+            "mlp": None if self.mlp is None else self.mlp.to_dict(),
+            "blocks": {name: block.to_dict() for name, block in self.blocks.items()},
+            "aside": None if self.aside is None else self.aside.to_dict(),
         }
 
     @classmethod
@@ -97,6 +143,10 @@ def expand_pattern(
     if unused:
         raise ConfigError(f"mixers {', '.join(unused)} do not occur in layer_pattern {pattern!r}; remove or use them")
     return tuple((unit * n_layer)[:n_layer])
+
+
+def _block(values: Mapping[str, Any] | BlockConfig) -> BlockConfig:
+    return values if isinstance(values, BlockConfig) else _from_fields(BlockConfig, values, "block")
 
 
 def _from_fields(cls: Any, values: Mapping[str, Any], what: str) -> Any:

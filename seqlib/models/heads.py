@@ -15,18 +15,27 @@ from seqlib.models.backbone import Backbone
 from seqlib.models.config import BackboneConfig
 from seqlib.sequence import SequenceInfo, StateList
 
-__all__ = ["LanguageModel", "lm_loss", "pool"]
+__all__ = ["Embedding", "LanguageModel", "NumberEmbedding", "finish_logits", "lm_loss", "pool"]
 
 _LOGITS = 1 << 24
 """Logits held at a time by `lm_loss`, in elements (64 MB in float32)."""
 
 
 def lm_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, num_items: int | Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    num_items: int | Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Cross entropy of the next token, from hidden states and the head's weight.
 
-        loss = sum_t -log softmax(hidden_t weight^T)[labels_{t+1}] / num_items
+        loss = sum_t -log softmax(scale * hidden_t weight^T)[labels_{t+1}] / num_items
+
+    With softcap the logits go through `finish_logits`.
 
     Logits exist for a few positions at a time only, in float32, and their gradients are taken on the spot: memory is
     O(d_model * vocab_size), not O(seqlen * vocab_size).
@@ -37,6 +46,7 @@ def lm_loss(
         labels: (batch, seqlen) int64, the input ids themselves; position t is scored against labels[:, t + 1].
             `ignore_index` marks positions that are not scored.
         num_items: what the sum is divided by; None is the number of scored positions.
+        scale, softcap: as in `finish_logits`.
 
     Returns:
         A float32 scalar (float64 for float64 inputs). NaN if nothing is scored and num_items is None, as in torch.
@@ -47,12 +57,21 @@ def lm_loss(
     scored = targets != ignore_index
     count = scored.sum() if num_items is None else torch.as_tensor(num_items, device=hidden.device)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return _LinearCrossEntropy.apply(rows, weight, targets, count, ignore_index)
+    return _LinearCrossEntropy.apply(rows, weight, targets, count, ignore_index, scale, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, count: Tensor, ignore_index: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        count: Tensor,
+        ignore_index: int,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         high = torch.float64 if rows.dtype == torch.float64 else torch.float32
         chunk = max(1, _LOGITS // weight.shape[0])
         total = rows.new_zeros((), dtype=high)
@@ -62,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, rows.shape[0], chunk):
             part, target = rows[begin : begin + chunk], targets[begin : begin + chunk]
             scored = target != ignore_index
-            logits = (part.to(weight.dtype) @ weight.t()).to(high)
+            logits = finish_logits((part.to(weight.dtype) @ weight.t()).to(high), scale, softcap)
             log_z = logits.logsumexp(-1, keepdim=True)
             index = torch.where(scored, target, 0).unsqueeze(-1)
             total += ((log_z - logits.gather(-1, index)).squeeze(-1) * scored).sum()
@@ -70,7 +89,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             dlogits = (logits - log_z).exp_()
             dlogits.scatter_add_(-1, index, dlogits.new_full((1, 1), -1.0).expand_as(index))
-            dlogits = dlogits.mul_(scored.unsqueeze(-1)).div_(count).to(weight.dtype)
+            dlogits = dlogits.mul_(scored.unsqueeze(-1)).div_(count / scale)
+            if softcap is not None:
+                dlogits *= 1 - (logits / softcap).square()
+            dlogits = dlogits.to(weight.dtype)
             if drows is not None:
                 drows[begin : begin + chunk] = dlogits @ weight
             if dweight is not None:
@@ -81,7 +103,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         drows, dweight = ctx.saved_tensors
-        return *(None if t is None else t * grads[0].to(t.dtype) for t in (drows, dweight)), None, None, None
+        return *(None if t is None else t * grads[0].to(t.dtype) for t in (drows, dweight)), *(None,) * 5
+
+
+def finish_logits(logits: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """scale * logits, and with softcap softcap * tanh(scale * logits / softcap) in at least float32."""
+    logits = logits if scale == 1 else logits * scale
+    if softcap is None:
+        return logits
+    return softcap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / softcap)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` times `scale`."""
+
+    def __init__(self, vocab_size: int, d_model: int, scale: float = 1.0) -> None:
+        super().__init__(vocab_size, d_model)
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = super().forward(ids)
+        return x if self.scale == 1 else x * self.scale
+
+
+class NumberEmbedding(nn.Embedding):
+    """Ids 0 .. vocab_size - 1 as numbers from -1 to 1, and a linear map of those: for pixels.
+
+    x = (2 id / (vocab_size - 1) - 1) weight[0] + weight[1]
+    """
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__(2, d_model)
+        self.vocab_size = vocab_size
+
+    def forward(self, ids: Tensor) -> Tensor:
+        values = ids.to(self.weight.dtype) * (2 / (self.vocab_size - 1)) - 1
+        return torch.addcmul(self.weight[1], values.unsqueeze(-1), self.weight[0])
 
 
 def pool(hidden: Tensor, mode: str, mask: Tensor | None = None) -> Tensor:

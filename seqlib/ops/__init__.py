@@ -8,6 +8,8 @@ from seqlib.ops.linear_attention import linear_attention
 from seqlib.ops.linear_scan import linear_scan
 from seqlib.ops.long_conv import long_conv
 from seqlib.ops.norm import rms_norm
+from seqlib.ops.path_attention import path_attention
+from seqlib.ops.rpe_attention import rpe_attention
 from seqlib.ops.selective_scan import selective_scan
 from seqlib.ops.ssm_kernel import ssm_kernel_diag, ssm_kernel_dplr
 
@@ -19,7 +21,9 @@ __all__ = [
     "linear_attention",
     "linear_scan",
     "long_conv",
+    "path_attention",
     "rms_norm",
+    "rpe_attention",
     "selective_scan",
     "ssm_kernel_diag",
     "ssm_kernel_dplr",

@@ -54,6 +54,7 @@ def facts(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    log_decay: Tensor | None = None,
     *,
     window: int | None = None,
     causal: bool = True,
@@ -61,10 +62,11 @@ def facts(
     seq: SequenceInfo | None = None,
     **_: Any,
 ) -> Facts:
-    tensors = [q, k, v, *(state.tensors() if state is not None else ())]
+    tensors = [q, k, v, *([] if log_decay is None else [log_decay]), *(state.tensors() if state is not None else ())]
     used = {
         "bidirectional": not causal,
         "headdim of v": v.shape[-1] != q.shape[-1],
+        "log_decay": log_decay is not None,
         "initial_state": state is not None,
         "packed": seq is not None and seq.starts is not None,
         "padded": seq is not None and seq.padding_mask is not None,
@@ -86,10 +88,12 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    log_decay: Tensor | None = None,
     *,
     window: int | None = None,
     causal: bool = True,
     scale: float | None = None,
+    relu: bool = False,
     state: KVState | None = None,
     seq: SequenceInfo | None = None,
     form: str = "auto",
@@ -97,18 +101,22 @@ def attention(
 ) -> tuple[Tensor, KVState]:
     """Average the values by the softmax of the scores of the keys.
 
-        y_i = sum_j softmax_j(scale * q_i . k_j) v_j
+        y_i = sum_j softmax_j(scale * q_i . k_j + sum_{j<t<=i} log_decay_t) v_j
         over j <= i (causal) and |i - j| < window, i and j counted in real tokens of one document
 
     Query head h uses key and value head h // (nheads / nheads_kv). The softmax is in float32 (float64 for float64).
+    Decays per token and head make it forgetting attention (FoX).
 
     Args:
         q: (batch, seqlen, nheads, headdim), a floating dtype.
         k: (batch, seqlen, nheads_kv, headdim), nheads_kv divides nheads.
         v: (batch, seqlen, nheads_kv, headdim_v).
+        log_decay: (batch, seqlen, nheads), natural logarithms of forget gates, at most 0 and finite, any floating dtype
+            and not scaled by `scale`; only with causal=True. None forgets nothing.
         window: at least 1, the current token included; None for no bound.
         causal: False lets tokens see those after them; only without a state.
         scale: None is 1/sqrt(headdim).
+        relu: weigh by relu(scale * q_i . k_j), without a sum to divide by, in place of the softmax; no log_decay.
         state: what came before; None is nothing. Of capacity = window when windowed, of any capacity otherwise.
         seq: documents and padding.
         form: "chunked" cuts windowed attention into blocks; "parallel" and "reference" take everything.
@@ -123,24 +131,31 @@ def attention(
 
     Cost: 4 batch nheads headdim FLOPs per pair of query and visible key. Memory is linear in seqlen wherever
     torch has a fused kernel. One exception: differentiating through a span with a full cache before it keeps its masks,
-    seqlen (past + seqlen) entries in all.
+    seqlen (past + seqlen) entries in all. With log_decay the forward pass is run again for gradients, and 16-bit inputs
+    are attended in float32.
 
-    Source: Vaswani et al. 2017, eq. 1; windows as in Mistral (Jiang et al. 2023), grouped heads of Ainslie et al. 2023.
+    Source: Vaswani et al. 2017, eq. 1; windows as in Mistral (Jiang et al. 2023), grouped heads of Ainslie et al. 2023;
+    decays: Lin et al. 2025 (Forgetting Transformer, arXiv 2503.02130), eq. 4-6.
     """
     if window is not None and window < 1:
         raise UnsupportedInput(f"window must be at least 1 (it counts the current token) or None, got {window}")
     if not causal and state is not None:
         raise UnsupportedInput("causal=False sees the whole sequence at once and takes no state; pass state=None")
     _check_tensors(q, k, v)
+    if log_decay is not None:
+        _check_decay(q, log_decay, causal)
+        if relu:
+            raise UnsupportedInput("log_decay lowers the logarithms of weights, and relu=True has none; use only one")
     if state is not None:
         _check_state(k, v, state, window)
+        _check_held(q, log_decay, state)
     if seq is not None:
         seq.check(q.shape[0], q.shape[1])
         if seq.group is not None:
             raise UnsupportedInput("attention runs on one process; gather keys and values over seq.group first")
-    run = OP.choose(facts(q, k, v, window=window, causal=causal, state=state, seq=seq), form, backend)
+    run = OP.choose(facts(q, k, v, log_decay, window=window, causal=causal, state=state, seq=seq), form, backend)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return run(q, k, v, window=window, causal=causal, scale=scale, state=state, seq=seq)
+    return run(q, k, v, log_decay, window=window, causal=causal, scale=scale, relu=relu, state=state, seq=seq)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -159,7 +174,28 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise UnsupportedInput(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}; move them")
 
 
+def _check_decay(q: Tensor, log_decay: Tensor, causal: bool) -> None:
+    if not causal:
+        raise UnsupportedInput("log_decay says what later tokens forget and needs causal=True")
+    if log_decay.shape != q.shape[:3] or not log_decay.is_floating_point() or log_decay.device != q.device:
+        raise UnsupportedInput(
+            f"log_decay must be real, (batch, seqlen, nheads) = {tuple(q.shape[:3])} on {q.device}, "
+            f"got {log_decay.dtype} {tuple(log_decay.shape)} on {log_decay.device}"
+        )
+
+
+def _check_held(q: Tensor, log_decay: Tensor | None, state: KVState) -> None:
+    held = None if state.log_decay is None else tuple(state.log_decay.shape)
+    wanted = None if log_decay is None else (q.shape[0], state.capacity, q.shape[2])
+    if held != wanted:
+        raise UnsupportedInput(
+            f"state.log_decay must be {wanted} beside {'no' if wanted is None else 'this'} log_decay, got {held}"
+        )
+
+
 def _check_state(k: Tensor, v: Tensor, state: KVState, window: int | None) -> None:
+    if type(state) is not KVState:
+        raise UnsupportedInput(f"attention takes a KVState, whose keys are as they came, got {type(state).__name__}")
     if window is not None and state.capacity != window:
         raise UnsupportedInput(f"a window of {window} needs a state of that capacity, got {state.capacity}")
     for name, new, old in (("k", k, state.k), ("v", v, state.v)):

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.ops.attention.state import KVState
 from seqlib.ops.case import Case
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "from_letters"]
 
 
 def _build(
@@ -25,6 +26,7 @@ def _build(
     headdim_v: int | None = None,
     lengths: Sequence[int] | None = None,
     capacity: int = 0,
+    decays: bool = False,
     **options: Any,
 ) -> Callable[[torch.Generator], dict[str, Any]]:
     """`lengths`: tokens that each row's state has seen; its capacity is the window, or else `capacity`."""
@@ -39,17 +41,22 @@ def _build(
             "k": draw(batch, seqlen, heads_kv, headdim),
             "v": draw(batch, seqlen, heads_kv, width),
         }
+        if decays:
+            made["log_decay"] = F.logsigmoid(draw(batch, seqlen, nheads))
         if lengths is not None:
             slots = options.get("window") or capacity
             made["state"] = KVState(
-                draw(batch, slots, heads_kv, headdim), draw(batch, slots, heads_kv, width), torch.tensor(lengths)
+                draw(batch, slots, heads_kv, headdim),
+                draw(batch, slots, heads_kv, width),
+                torch.tensor(lengths),
+                -draw(batch, slots, nheads).abs() if decays else None,
             )
         return made | options
 
     return build
 
 
-def _ids(*rows: str) -> SequenceInfo:
+def from_letters(*rows: str) -> SequenceInfo:
     """One letter per token: a new document where the letter changes, "." is padding, "<" goes on from the state."""
     numbers = torch.tensor([[-1 if c == "." else ord(c) for c in row] for row in rows])
     seq = SequenceInfo.from_seq_ids(numbers)
@@ -63,9 +70,9 @@ def _pad(seqlen: int, *rows: tuple[int, int]) -> SequenceInfo:
     return SequenceInfo(padding_mask=torch.stack([(i >= left) & (i < seqlen - right) for left, right in rows]))
 
 
-_PACKED = _ids("aaaaabbbcccccccddddddddde", "abbbbbbbbbbbbbbbbbbbbbbbb")
-_MIXED = _ids("..aaaabbb..ccc...", "aaaaaaaaaaaaaaaaa", ".................", "a...............b")
-_CONTINUED = _ids("<<<<<<aaabbbb", "..<<..<<a....", "aaaaaabbbbbbb", "<<<<<<<<<<<<<", ".............")
+_PACKED = from_letters("aaaaabbbcccccccddddddddde", "abbbbbbbbbbbbbbbbbbbbbbbb")
+_MIXED = from_letters("..aaaabbb..ccc...", "aaaaaaaaaaaaaaaaa", ".................", "a...............b")
+_CONTINUED = from_letters("<<<<<<aaabbbb", "..<<..<<a....", "aaaaaabbbbbbb", "<<<<<<<<<<<<<", ".............")
 
 
 def _bench(name: str, window: int | None) -> Case:
@@ -80,6 +87,7 @@ def _bench(name: str, window: int | None) -> Case:
     )
 
 
+_KEEP = frozenset({"log_decay"})
 CASES = (
     Case("one_token", _build(2, 1, 4, 8)),
     Case("two_tokens", _build(1, 2, 2, 16, nheads_kv=1)),
@@ -114,6 +122,27 @@ CASES = (
     Case("ring_window_1", _build(2, 3, 2, 8, window=1, lengths=(0, 4))),
     Case("state_continued", _build(5, 13, 2, 8, lengths=(4, 9, 6, 0, 3), capacity=20, seq=_CONTINUED)),
     Case("ring_continued", _build(5, 13, 2, 8, window=4, lengths=(4, 9, 6, 0, 3), seq=_CONTINUED)),
+    Case("forget_one_token", _build(2, 1, 4, 8, decays=True), keep=_KEEP),
+    Case("forget", _build(2, 63, 4, 16, nheads_kv=2, decays=True), keep=_KEEP),
+    Case("forget_long", _build(1, 300, 2, 8, decays=True), keep=_KEEP),
+    Case("forget_window", _build(1, 200, 2, 8, nheads_kv=1, window=16, headdim_v=12, decays=True), keep=_KEEP),
+    Case("forget_mixed", _build(4, 17, 4, 8, nheads_kv=1, decays=True, seq=_MIXED), keep=_KEEP),
+    Case("forget_state_uneven", _build(3, 9, 2, 8, decays=True, lengths=(0, 7, 20), capacity=40), keep=_KEEP),
+    Case("forget_ring", _build(3, 170, 2, 8, window=16, decays=True, lengths=(0, 5, 33)), keep=_KEEP),
+    Case(
+        "forget_state_continued",
+        _build(5, 13, 2, 8, decays=True, lengths=(4, 9, 6, 0, 3), capacity=20, seq=_CONTINUED),
+        keep=_KEEP,
+    ),
+    Case(
+        "forget_ring_continued",
+        _build(5, 13, 2, 8, window=4, decays=True, lengths=(4, 9, 6, 0, 3), seq=_CONTINUED),
+        keep=_KEEP,
+    ),
+    Case("relu", _build(2, 70, 4, 8, nheads_kv=2, headdim_v=12, relu=True)),
+    Case("relu_bidirectional_padded", _build(4, 17, 2, 8, causal=False, relu=True, seq=_MIXED)),
+    Case("relu_window", _build(1, 200, 2, 8, window=16, relu=True)),
+    Case("relu_state_continued", _build(5, 13, 2, 8, relu=True, lengths=(4, 9, 6, 0, 3), capacity=20, seq=_CONTINUED)),
     _bench("attention_1x2048x8x64", None),
     _bench("attention_1x2048x8x64_window256", 256),
 )

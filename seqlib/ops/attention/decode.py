@@ -13,12 +13,20 @@ __all__ = ["step"]
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, state: KVState, *, window: int | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: KVState,
+    log_decay: Tensor | None = None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """Attend one new token per row to itself and to the state, which takes it up in place.
 
         state.k[b, slot] = k[b], state.v[b, slot] = v[b], state.length += 1
-        y = softmax(scale * q k^T) v over the filled slots
+        y = softmax(scale * q k^T + decays) v over the filled slots
 
     Static shapes and no wait for the device, so it can be captured in a graph. Meant for torch.no_grad: what it writes
     over is gone for a backward pass.
@@ -27,8 +35,10 @@ def step(
         q: (batch, nheads, headdim).
         k: (batch, nheads_kv, headdim), v: (batch, nheads_kv, headdim_v), in the dtype of q; nheads_kv divides nheads.
         state: a full cache with a free slot in every row (KVState.reserve makes room), or a ring of capacity = window.
+        log_decay: (batch, nheads), at most 0; with a state that holds decays, and only then.
         window: tokens that are seen, the new one included; None for all.
         scale: of the scores; None is 1/sqrt(headdim).
+        relu: weigh by relu(scores) in place of the softmax.
 
     Returns:
         (batch, nheads, headdim_v) in the dtype of q.
@@ -45,8 +55,10 @@ def step(
         )
     if window is not None and capacity != window:
         raise UnsupportedInput(f"a window of {window} needs a state of that capacity, got {capacity}")
+    if (log_decay is None) != (state.log_decay is None):
+        raise UnsupportedInput("log_decay must be given with a state that holds decays, and only then")
     filled: int | None = None
-    if state.length.device.type == "cpu":
+    if state.length.device.type == "cpu" and not torch.compiler.is_compiling():
         filled = int(state.length.max()) + 1
         if window is None and filled > capacity:
             raise UnsupportedInput(f"the cache holds {capacity} tokens and is full; make room with state.reserve(...)")
@@ -56,10 +68,21 @@ def step(
     slot = state.length if window is None else state.length % capacity
     state.k[rows, slot] = k
     state.v[rows, slot] = v
+    if log_decay is not None and state.log_decay is not None:
+        old = torch.arange(capacity, device=k.device) < state.length[:, None]
+        state.log_decay += log_decay[:, None].to(state.log_decay.dtype) * old[..., None]
+        state.log_decay[rows, slot] = 0
     state.length += 1
     keys, values = (t[:, :filled].transpose(1, 2) for t in (state.k, state.v))
     live = torch.arange(keys.shape[2], device=k.device) < state.length[:, None]
+    mask = live[:, None, None]
+    if state.log_decay is not None:
+        bias = state.log_decay[:, :filled].transpose(1, 2).unflatten(1, (k.shape[1], -1))
+        mask = torch.where(mask, bias, -torch.inf).to(q.dtype)
     # The query heads of one key head stand where the queries stand, so keys and values are read as they lie.
     groups = q.unflatten(1, (k.shape[1], -1))
-    y = F.scaled_dot_product_attention(groups, keys, values, live[:, None, None], scale=scale)
+    if relu:
+        scores = (groups @ keys.transpose(-1, -2)).relu() * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return (torch.where(mask, scores, 0) @ values).flatten(1, 2)
+    y = F.scaled_dot_product_attention(groups, keys, values, mask, scale=scale)
     return y.flatten(1, 2)

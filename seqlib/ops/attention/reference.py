@@ -5,30 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import KVState
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["attention"]
+__all__ = ["attention", "walk"]
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    log_decay: Tensor | None = None,
     *,
     window: int | None,
     causal: bool,
     scale: float,
+    relu: bool,
     state: KVState | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, KVState]:
     batch, seqlen = q.shape[:2]
+    if log_decay is not None and bool((log_decay > 0).any()):
+        raise UnsupportedInput(f"log_decay must be at most 0, got a largest value of {float(log_decay.max())}")
     capacity = window or (seqlen if state is None else state.capacity)
     rows = []
     for b in range(batch):
         before = 0 if state is None else int(state.length[b])
         past = range(max(0, before - capacity), before)
-        document, position = _walk(b, seqlen, before, seq)
+        document, position = walk(b, seqlen, before, seq)
         # Document 0 goes on from the state; -1 is padding.
         of_key = torch.tensor([0] * len(past) + document, device=q.device)
         at_key = torch.tensor([*past, *position], device=q.device)
@@ -42,21 +47,27 @@ def attention(
             visible = visible & (at_key <= at_query)
         if window is not None:
             visible = visible & ((at_key - at_query).abs() < window)
-        y = _softmax_attention(q[b], keys, values, visible, scale)
+        decays = None
+        if log_decay is not None:
+            held = [] if state is None or state.log_decay is None else list(state.log_decay[b, slots])
+            decays = _decays(log_decay[b], held, of_key[len(past) :] >= 0)
+        y = _weighted(q[b], keys, values, visible, scale, decays, relu)
         last = (of_key == max([0, *document])).nonzero()[:, 0]
-        rows.append((y, keys[last], values[last], 1 + int(at_key[last[-1]]) if len(last) else 0))
+        since = None if decays is None else decays[-1, last]
+        rows.append((y, keys[last], values[last], 1 + int(at_key[last[-1]]) if len(last) else 0, since))
     if window is None and state is not None:
-        needed = max(length for *_, length in rows)
+        needed = max(length for *_, length, _ in rows)
         capacity = capacity if needed <= capacity else max(needed, 2 * capacity)
     final = KVState(
-        torch.stack([_store(keys, length, capacity) for _, keys, _, length in rows]),
-        torch.stack([_store(values, length, capacity) for _, _, values, length in rows]),
-        torch.tensor([length for *_, length in rows], device=q.device),
+        torch.stack([_store(keys, length, capacity) for _, keys, _, length, _ in rows]),
+        torch.stack([_store(values, length, capacity) for _, _, values, length, _ in rows]),
+        torch.tensor([length for *_, length, _ in rows], device=q.device),
+        None if log_decay is None else torch.stack([_store(s, n, capacity) for *_, n, s in rows if s is not None]),
     )
     return torch.stack([y for y, *_ in rows]), final
 
 
-def _walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[list[int], list[int]]:
+def walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[list[int], list[int]]:
     """Document and position in it of every token of a row, -1 for padding."""
     documents, positions = [], []
     document, position = 0, before
@@ -70,11 +81,29 @@ def _walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[l
     return documents, positions
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
+def _decays(log_decay: Tensor, held: list[Tensor], real: Tensor) -> Tensor:
+    """(queries, keys, nheads): what is forgotten of each key, those that the state holds first, up to each query."""
+    log_decay = log_decay.to(torch.float64 if log_decay.dtype == torch.float64 else torch.float32)
+    log_decay = torch.where(real[:, None], log_decay, 0)
+    up_to = [known + log_decay.cumsum(0) for known in held]
+    for j in range(len(log_decay)):
+        after = log_decay[j + 1 :].cumsum(0)
+        up_to.append(torch.cat([torch.zeros_like(log_decay[: j + 1]), after]))
+    return torch.stack(up_to, 1)
+
+
+def _weighted(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, decays: Tensor | None, relu: bool
+) -> Tensor:
     high = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1]
     keys, values = (t.to(high).repeat_interleave(group, 1) for t in (k, v))
     scores = torch.einsum("lhp,shp->hls", q.to(high), keys) * scale
+    if decays is not None:
+        scores = scores + decays.permute(2, 0, 1)
+    if relu:
+        weights = torch.where(visible, scores.relu(), 0)
+        return torch.einsum("hls,shp->lhp", weights, values).to(q.dtype)
     weights = torch.where(visible, scores, -torch.inf)
     weights = torch.exp(weights - weights.amax(-1, keepdim=True).clamp(min=torch.finfo(high).min))
     total = weights.sum(-1, keepdim=True)
@@ -83,7 +112,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: 
 
 
 def _store(tokens: Tensor, length: int, capacity: int) -> Tensor:
-    """The last tokens of a document, which is `length` long, in their slots."""
+    """What the last tokens of a document, which is `length` long, leave in their slots."""
     buffer = list(tokens.new_zeros(capacity, *tokens.shape[1:]))
     for token, position in zip(tokens, range(length - len(tokens), length)):
         buffer[position % capacity] = token

@@ -6,14 +6,16 @@ like length and attended one by one. A causal row padded on its right needs no m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from seqlib.ops.attention.state import KVState, append, take_rows
+from seqlib.ops.attention.documents import Tokens, documents, with_past
+from seqlib.ops.attention.state import KVState, append
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["attention_chunked", "attention_parallel"]
@@ -28,20 +30,21 @@ class _Rule(NamedTuple):
     window: int | None
     causal: bool
     scale: float
+    relu: bool
     begin: Tensor | None = None
     end: Tensor | None = None
 
 
-# (q, k, v, rule) -> y, where q belongs to the last tokens of k and v.
-_Form = Callable[[Tensor, Tensor, Tensor, _Rule], Tensor]
+# (queries, keys, rule) -> y, where the queries belong to the last tokens of the keys.
+_Form = Callable[[Tokens, Tokens, _Rule], Tensor]
 
 
-def attention_parallel(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, KVState]:
-    return _attention(_parallel, q, k, v, **options)
+def attention_parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, **options) -> tuple[Tensor, KVState]:
+    return _attention(_parallel, q, k, v, log_decay, **options)
 
 
-def attention_chunked(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[Tensor, KVState]:
-    return _attention(_chunked, q, k, v, **options)
+def attention_chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, **options) -> tuple[Tensor, KVState]:
+    return _attention(_chunked, q, k, v, log_decay, **options)
 
 
 def _attention(
@@ -49,112 +52,92 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    log_decay: Tensor | None,
     *,
     window: int | None,
     causal: bool,
     scale: float,
+    relu: bool,
     state: KVState | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, KVState]:
-    final = append(state, k, v, window=window, seq=seq)
+    queries: Tokens = (q,)
+    keys: Tokens = (k, v)
+    sums = None
+    if log_decay is not None:
+        log_decay = log_decay.double()
+        if seq is not None and seq.padding_mask is not None:
+            log_decay = torch.where(seq.padding_mask[..., None], log_decay, 0)
+        sums = log_decay.cumsum(1)
+        queries, keys = (*queries, sums[..., None]), (*keys, sums[..., None])
+    final = append(state, k, v, sums, window=window, seq=seq)
     if seq is None or seq.shape is None:
-        keys, values, begin = _with_past(state, None, k, v, window)
-        return form(q, keys, values, _Rule(window, causal, scale, begin)), final
+        known, begin = with_past(state, None, keys, window)
+        return form(queries, known, _Rule(window, causal, scale, relu, begin)), final
     y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
-    flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
-    for index, real, rows in _documents(seq, has_state=state is not None):
-        keys, values, begin = _with_past(None if rows is None else state, rows, flat_k[index], flat_v[index], window)
+    for index, real, rows in documents(seq, has_state=state is not None):
+        ours, theirs = (tuple(t.flatten(0, 1)[index] for t in tokens) for tokens in (queries, keys))
+        known, begin = with_past(None if rows is None else state, rows, theirs, window)
         end = None if causal else real.sum(1)
-        part = form(flat_q[index], keys, values, _Rule(window, causal, scale, begin, end))
+        part = form(ours, known, _Rule(window, causal, scale, relu, begin, end))
         y = y.index_copy(0, index[real], part[real])
     return y.unflatten(0, q.shape[:2]), final
 
 
-def _documents(seq: SequenceInfo, *, has_state: bool) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Groups of documents of like length: flat indices of their tokens (ndocs, longest), which of them are real (the
-    others repeat the last token), and the batch rows whose state they go on from (None: they start afresh)."""
-    shape, like = seq.shape, seq.starts if seq.starts is not None else seq.padding_mask
-    assert shape is not None and like is not None
-    real = seq.padding_mask if seq.padding_mask is not None else torch.ones_like(like)
-    starts = seq.starts & real if seq.starts is not None else torch.zeros_like(real)
-    row_of = torch.arange(shape[0], device=like.device)[:, None] * (shape[1] + 1)
-    token = real.flatten().nonzero()[:, 0]
-    number, count = torch.unique_consecutive((starts.long().cumsum(1) + row_of).flatten()[token], return_counts=True)
-    first = count.cumsum(0) - count
-    continues = (number % (shape[1] + 1) == 0) & has_state
-    # Rows of one group differ by less than a factor of two, so less than half of what is computed is padding.
-    groups: dict[tuple[bool, int], list[int]] = {}
-    for i, (goes_on, n) in enumerate(zip(continues.tolist(), count.tolist())):
-        groups.setdefault((goes_on, n.bit_length()), []).append(i)
-    for (goes_on, _), members in groups.items():
-        chosen = torch.tensor(members, device=like.device)
-        lengths = count[chosen, None]
-        steps = torch.arange(int(lengths.max()), device=like.device)
-        index = token[first[chosen, None] + torch.minimum(steps, lengths - 1)]
-        yield index, steps < lengths, number[chosen] // (shape[1] + 1) if goes_on else None
-
-
-def _with_past(
-    state: KVState | None, rows: Tensor | None, k: Tensor, v: Tensor, window: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values with those of the state before them in order, and per row the coordinate that its keys begin at,
-    counted from the first query; None when no row is shorter than the others."""
-    if state is None:
-        return k, v, None
-    length = state.length if rows is None else state.length[rows]
-    shortest, longest = (int(n) for n in torch.stack(length.aminmax()).tolist())
-    past = longest if window is None else min(longest, window - 1)
-    if past == 0:
-        return k, v, None
-    if window is None and shortest == longest:
-        old_k, old_v = (t[:, :past] if rows is None else t[rows, :past] for t in (state.k, state.v))
-    else:
-        slot = (length[:, None] + torch.arange(-past, 0, device=k.device)).clamp(min=0) % state.capacity
-        old_k, old_v = (take_rows(t if rows is None else t[rows], slot) for t in (state.k, state.v))
-    return torch.cat([old_k, k], 1), torch.cat([old_v, v], 1), None if shortest >= past else -length
-
-
-def _parallel(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
+def _parallel(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
     """Every query against every key it may see; where that takes a mask, block by block of queries."""
-    seqlen, past = q.shape[1], k.shape[1] - q.shape[1]
-    window = None if rule.window is None or rule.window >= k.shape[1] else rule.window
+    (batch, seqlen), total, gated = queries[0].shape[:2], keys[0].shape[1], len(queries) > 1
+    past = total - seqlen
+    window = None if rule.window is None or rule.window >= total else rule.window
     rule = rule._replace(window=window)
+    plain = not gated and not rule.relu
     uneven = rule.begin is not None or rule.end is not None
-    if not uneven and window is None and (past == 0 or not rule.causal):
-        return _sdpa(q, k, v, scale=rule.scale, is_causal=rule.causal)
-    block = max(_BLOCK, _MASK // (k.shape[1] * (q.shape[0] if uneven else 1)))
+    if not uneven and window is None and (past == 0 or not rule.causal) and (plain or seqlen <= _BLOCK):
+        return _sdpa(queries, keys, rule, is_causal=rule.causal)
+    # Decays are counted from the first query of a block: in wider ones they would lose digits.
+    block = _BLOCK if gated else max(_BLOCK, _MASK // (total * (batch if uneven else 1)))
     parts = []
     for i0 in range(0, seqlen, block):
         i1 = min(seqlen, i0 + block)
         j0 = -past if window is None else max(-past, i0 - window + 1)
         j1 = i1 if rule.causal else min(seqlen, i1 + (window or seqlen) - 1)
-        mask = _mask(rule, range(i0, i1), range(j0, j1), q.device)
-        keys, values = (t[:, past + j0 : past + j1] for t in (k, v))
-        parts.append(_sdpa(q[:, i0:i1], keys, values, scale=rule.scale, attn_mask=mask))
+        ours, theirs = tuple(t[:, i0:i1] for t in queries), tuple(t[:, past + j0 : past + j1] for t in keys)
+        if not plain and torch.is_grad_enabled():
+            # Each block has its scores or a copy of its keys, and all of them together would be quadratic in memory.
+            part = checkpoint(
+                _block, ours, theirs, rule, range(i0, i1), range(j0, j1), use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            part = _block(ours, theirs, rule, range(i0, i1), range(j0, j1))
+        parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _chunked(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
+def _block(queries: Tokens, keys: Tokens, rule: _Rule, i: range, j: range) -> Tensor:
+    return _sdpa(queries, keys, rule, attn_mask=_mask(rule, i, j, queries[0].device))
+
+
+def _chunked(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
     """Causal windows block by block, all at once: a block of queries sees itself and the blocks its window reaches."""
     assert rule.window is not None and rule.causal
-    seqlen, past = q.shape[1], k.shape[1] - q.shape[1]
+    (batch, seqlen), past = queries[0].shape[:2], keys[0].shape[1] - queries[0].shape[1]
     # Narrower blocks see fewer keys in vain, but gradients hold a copy of the keys of each; a quarter of the window
     # does little of either.
     block = max(_BLOCK, rule.window // 4)
     reach = -(-(rule.window - 1) // block)
     first = max(1, reach) * block
-    head = _parallel(q[:, :first], k[:, : past + first], v[:, : past + first], rule)
+    head = _parallel(tuple(t[:, :first] for t in queries), tuple(t[:, : past + first] for t in keys), rule)
     if seqlen <= first:
         return head
     # What came before the first query is out of reach for all further blocks, so they share one mask.
-    q, k, v = q[:, first:], k[:, past + first - reach * block :], v[:, past + first - reach * block :]
-    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, -seqlen % block)) for t in (q, k, v))
+    padding = (0, 0, 0, 0, 0, -seqlen % block)
+    queries = tuple(F.pad(t[:, first:], padding) for t in queries)
+    keys = tuple(F.pad(t[:, past + first - reach * block :], padding) for t in keys)
     # Overlapping views: each block's keys are read where they lie.
-    q = q.unflatten(1, (-1, block)).flatten(0, 1)
-    k, v = (t.unfold(1, (reach + 1) * block, block).movedim(-1, 2).flatten(0, 1) for t in (k, v))
-    mask = _mask(rule._replace(begin=None, end=None), range(block), range(-reach * block, block), q.device)
-    rest = _sdpa(q, k, v, scale=rule.scale, attn_mask=mask)
-    rest = rest.unflatten(0, (head.shape[0], -1)).flatten(1, 2)
+    queries = tuple(t.unflatten(1, (-1, block)).flatten(0, 1) for t in queries)
+    keys = tuple(t.unfold(1, (reach + 1) * block, block).movedim(-1, 2).flatten(0, 1) for t in keys)
+    rest = _block(queries, keys, rule._replace(begin=None, end=None), range(block), range(-reach * block, block))
+    rest = rest.unflatten(0, (batch, -1)).flatten(1, 2)
     return torch.cat([head, rest[:, : seqlen - first]], 1)
 
 
@@ -176,12 +159,45 @@ def _mask(rule: _Rule, queries: range, keys: range, device: torch.device) -> Ten
     return visible
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+def _sdpa(queries: Tokens, keys: Tokens, rule: _Rule, **options: Any) -> Tensor:
     """torch's fused kernel on (batch, seqlen, nheads, headdim)."""
-    group, width = q.shape[2] // k.shape[2], v.shape[3]
+    scale = rule.scale
+    (q, *gate), (k, v, *key_gate) = queries, keys
+    dtype, group, width = v.dtype, q.shape[2] // k.shape[2], v.shape[3]
     if group > 1:
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    if rule.relu:
+        return _rectified(q, k, v, scale, **options)
+    if gate:
+        q, k, v, scale = (
+            *_gated(q, k, gate[0], key_gate[0], scale),
+            v.to(torch.promote_types(dtype, torch.float32)),
+            1.0,
+        )
     # The fused kernels want one head width; without them torch would write out all scores.
     q, k, v = (F.pad(t, (0, max(q.shape[3], width) - t.shape[3])).transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, **options)
-    return y.transpose(1, 2)[..., :width]
+    y = F.scaled_dot_product_attention(q, k, v, scale=scale, **options)
+    return y.transpose(1, 2)[..., :width].to(dtype)
+
+
+def _rectified(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_causal: bool = False, attn_mask: Tensor | None = None
+) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, values = (t.to(wide).transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) * scale).relu()
+    if attn_mask is not None:
+        weights = torch.where(attn_mask, weights, 0)
+    return ((weights.tril() if is_causal else weights) @ values).transpose(1, 2).to(v.dtype)
+
+
+def _gated(q: Tensor, k: Tensor, sums: Tensor, key_sums: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Scaled queries and keys with two features more, whose product is sums_i - key_sums_j.
+
+    A bias would be a matrix, and one that wants gradients has no fused kernel. Both are counted from the first query,
+    so that rounding is that of the decays within a block.
+    """
+    first, wide = sums[:, :1], torch.promote_types(q.dtype, torch.float32)
+    gate, key_gate = (sums - first).to(wide), (first - key_sums).to(wide)
+    q = torch.cat([q.to(wide) * scale, gate, torch.ones_like(gate)], -1)
+    return q, torch.cat([k.to(wide), torch.ones_like(key_gate), key_gate], -1)

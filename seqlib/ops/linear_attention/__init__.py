@@ -29,12 +29,31 @@ _CUDA: dict[str, Any] = {
     "dtypes": (torch.float32, torch.bfloat16, torch.float16),
     "needs": ("native:cuda",),
 }
+_TRITON_STATE = 256
+
+
+def _narrow(facts: Facts) -> str | None:
+    d_state = facts.size("d_state")
+    return None if d_state <= _TRITON_STATE else f"d_state is {d_state}; it takes up to {_TRITON_STATE}"
+
+
 IMPLS = (
+    Impl(
+        "triton",
+        "chunked",
+        f"{_HERE}.triton_impl:linear_attention",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("triton>=3.6",),
+        limits=_narrow,
+        refuses=frozenset({"chunk_size"}),
+        gate=f"{_HERE}.triton_impl:gate",
+    ),
     Impl(
         "native",
         "chunked",
         f"{_HERE}.native_impl:linear_attention",
-        refuses=frozenset({"chunk_size", "decay per channel"}),
+        refuses=frozenset({"chunk_size"}),
         **_NATIVE,
     ),
     Impl(
@@ -76,13 +95,13 @@ def facts(
     )
     used = {
         "chunk_size": chunk_size is not None,
-        "decay per token": log_decay is not None and log_decay.dim() == v.dim() - 1,
-        "decay per channel": log_decay is not None and log_decay.dim() == v.dim(),
         "bidirectional": not causal,
         "packed": seq is not None and seq.starts is not None,
         "padded": seq is not None and seq.padding_mask is not None,
     }
     features = {name for name, on in used.items() if on}
+    if log_decay is not None:
+        features.add({v.dim(): "decay per channel", 1: "decay per head"}.get(log_decay.dim(), "decay per token"))
     seqlen = v.shape[1] if v.dim() == 4 else 1
     sizes = (("d_state", k.shape[-1]), ("headdim", v.shape[-1]))
     return Facts(v.device.type, v.dtype, seqlen, needs_grad, frozenset(features), sizes)

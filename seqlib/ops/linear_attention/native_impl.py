@@ -60,7 +60,8 @@ def _fake(
     count: int | torch.SymInt = 0
     if keep and spans is None:
         every = min(max(32768 // (state[1] * state[2]), 1), 8)  # as in linear_attention.cpp
-        count = v.shape[0] * -(-v.shape[1] // (64 * every))
+        chunk = 16 if log_decay is not None and log_decay.dim() == 4 else 64
+        count = v.shape[0] * -(-v.shape[1] // (chunk * every))
     elif keep:
         count = torch.library.get_ctx().new_dynamic_size()
     return (

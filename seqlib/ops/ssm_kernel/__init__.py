@@ -38,28 +38,46 @@ __all__ = [
 _HERE = "seqlib.ops.ssm_kernel"
 _CUDA: dict[str, Any] = {"devices": ("cuda",), "dtypes": (torch.float32,), "needs": ("native:cuda",)}
 IMPLS = (
-    Impl("native", "parallel", f"{_HERE}.native_impl:diag", **_CUDA),
+    Impl("native", "parallel", f"{_HERE}.cuda_impl:diag", **_CUDA),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:diag"),
     Impl("reference", "reference", f"{_HERE}.reference:diag"),
 )
+
+
+def _rank_one(facts: Facts) -> str | None:
+    rank, readouts = facts.size("rank"), facts.size("readouts")
+    return None if rank == 1 and readouts <= 2 else f"rank {rank} and {readouts} readouts; it takes 1 and at most 2"
+
+
 DPLR_IMPLS = (
-    Impl("native", "parallel", f"{_HERE}.native_impl:dplr", **_CUDA),
+    Impl(
+        "native",
+        "parallel",
+        f"{_HERE}.native_impl:dplr",
+        devices=("cpu",),
+        dtypes=(torch.float32,),
+        needs=("native",),
+        limits=_rank_one,
+    ),
+    Impl("native", "parallel", f"{_HERE}.cuda_impl:dplr", **_CUDA),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:dplr"),
     Impl("reference", "reference", f"{_HERE}.reference:dplr"),
 )
 
 
-def facts(*tensors: Tensor, dt: Tensor, length: int, **_: Any) -> Facts:
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, dt))
+def facts(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, **_: Any) -> Facts:
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (A, B, C, dt))
     return Facts(dt.device.type, dt.dtype, length, needs_grad)
 
 
-def _facts(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, **_: Any) -> Facts:
-    return facts(A, B, C, dt=dt, length=length)
+def dplr_facts(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, **_: Any) -> Facts:
+    sizes = (("rank", P.shape[0]), ("readouts", C.shape[:-2].numel()))
+    known = facts(A, B, C, dt, length)
+    return known._replace(needs_grad=known.needs_grad or (torch.is_grad_enabled() and P.requires_grad), sizes=sizes)
 
 
-OP = Op("ssm_kernel", IMPLS, _facts, "ssm_kernel_diag")
-DPLR = Op("ssm_kernel", DPLR_IMPLS, facts, "ssm_kernel_dplr")
+OP = Op("ssm_kernel", IMPLS, facts, "ssm_kernel_diag")
+DPLR = Op("ssm_kernel", DPLR_IMPLS, dplr_facts, "ssm_kernel_dplr")
 
 
 def ssm_kernel_diag(
@@ -103,7 +121,7 @@ def ssm_kernel_diag(
     _check(A, B, C, dt, length)
     if discretization not in DISCRETIZATIONS:
         raise UnsupportedInput(f"discretization must be one of {', '.join(DISCRETIZATIONS)}, got {discretization!r}")
-    run = OP.choose(facts(A, B, C, dt=dt, length=length), form, backend)
+    run = OP.choose(facts(A, B, C, dt, length), form, backend)
     return run(A, B, C, dt, length, discretization=discretization)
 
 
@@ -156,7 +174,7 @@ def ssm_kernel_dplr(
             f"length {length} is beyond the {l_kernel} positions that C was truncated for; "
             "take it back with dplr_dense and truncate it for the new length"
         )
-    run = DPLR.choose(facts(A, P, B, C, dt=dt, length=length), form, backend)
+    run = DPLR.choose(dplr_facts(A, P, B, C, dt, length), form, backend)
     return run(A, P, B, C, dt, length, l_kernel=l_kernel)
 
 

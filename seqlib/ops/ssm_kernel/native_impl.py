@@ -1,82 +1,69 @@
-"""Kernels of state spaces by the compiled CUDA kernels: powers and reciprocals exist only where they are summed."""
+"""Kernels of diagonal-plus-rank-one state spaces by the compiled CPU kernel."""
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 from torch import Tensor
 
 from seqlib import native
-from seqlib.ops.ssm_kernel import torch_impl
-from seqlib.ops.ssm_kernel.torch_impl import block_size, powers, real_pairs
+from seqlib.ops.ssm_kernel.torch_impl import to_kernel
 
-__all__ = ["diag", "dplr"]
+__all__ = ["dplr"]
 
-native.load("cpu")  # holds the schemas
-_vandermonde = torch.ops.seqlib.vandermonde.default
-_cauchy = torch.ops.seqlib.cauchy.default
-_cauchy_gradients = torch.ops.seqlib.cauchy_bwd.default
-
-
-def diag(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, discretization: str) -> Tensor:
-    with torch.autocast(dt.device.type, enabled=False):
-        log_decay, weight = torch_impl.weights(A, B, C, dt, discretization)
-        kernel = _vandermonde(log_decay.to(torch.complex128), weight.to(torch.complex64).contiguous(), length)
-        return kernel.transpose(0, 1).reshape(*C.shape[:-2], C.shape[-2], length)
+native.load("cpu")
 
 
 def dplr(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, l_kernel: int) -> Tensor:
-    def sums(numerators: Tensor, alpha: Tensor, sin: Tensor, cos: Tensor, l_kernel: int) -> Tensor:
-        return _cauchy(numerators.contiguous(), alpha.contiguous(), l_kernel)
-
-    return torch_impl.dplr(A, P, B, C, dt, length, l_kernel=l_kernel, cauchy=sums)
-
-
-@torch.library.register_fake("seqlib::vandermonde")
-def _fake_vandermonde(log_decay: Tensor, weight: Tensor, length: int) -> Tensor:
-    return weight.new_empty(*weight.shape[:2], length, dtype=torch.float32)
-
-
-@torch.library.register_fake("seqlib::cauchy")
-def _fake_cauchy(numerators: Tensor, alpha: Tensor, l_kernel: int) -> Tensor:
-    return numerators.new_empty(*numerators.shape[:2], 2, l_kernel // 2 + 1)
-
-
-@torch.library.register_fake("seqlib::cauchy_bwd")
-def _fake_cauchy_bwd(dsums: Tensor, numerators: Tensor, alpha: Tensor, l_kernel: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(numerators), numerators.new_empty(*alpha.shape, 2)
+    """The sums of `torch_impl.dplr` and what becomes of them, one frequency per lane, in one pass."""
+    with torch.autocast("cpu", enabled=False):
+        A, P, B, C = (t.to(torch.complex64) for t in (A, P, B, C))
+        d, n = A.shape
+        alpha = dt[:, None] * A
+        left = torch.cat([C.reshape(-1, d, n), P.conj()])  # c+1 d n
+        v = left[:, None] * torch.stack([B.expand(d, n), P[0]])  # c+1 2 d n
+        weights = torch.stack([v.real, v.real * alpha.real + v.imag * alpha.imag], 2)  # c+1 2 2 d n
+        weights = weights.flatten(0, 2).permute(1, 2, 0).contiguous()
+        square = alpha.real.square() + alpha.imag.square()
+        points = l_kernel // 2 + 1
+        spectrum = torch.ops.seqlib.dplr_spectrum.default(
+            weights, square, alpha.real.contiguous(), dt.contiguous(), *_angles(l_kernel), points
+        )
+        return to_kernel(torch.complex(spectrum[:, :, 0], spectrum[:, :, 1]), C.shape[:-2], length, l_kernel)
 
 
-def _save_vandermonde(ctx, inputs, output) -> None:
-    log_decay, weight, ctx.length = inputs
-    ctx.save_for_backward(log_decay, weight)
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _angles(l_kernel: int) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of pi k / l_kernel for k <= l_kernel / 2; behind them, where nothing is wanted, of pi / 2."""
+    points = l_kernel // 2 + 1
+    theta = torch.full((-(-points // 16) * 16,), math.pi / 2, dtype=torch.float64)
+    theta[:points] = torch.arange(points, dtype=torch.float64) * (math.pi / l_kernel)
+    return theta.sin().float(), theta.cos().float()
 
 
-def _vandermonde_backward(ctx, dkernel: Tensor) -> tuple[Tensor, Tensor, None]:
-    """With l = a T + b:  dweight = sum_l conj(decay^l) dK_l,  dlog_decay = conj(weight) sum_l l conj(decay^l) dK_l."""
-    log_decay, weight = ctx.saved_tensors
-    size = block_size(ctx.length)
-    count = -(-ctx.length // size)
-    coarse = powers(log_decay, torch.float32, count, step=size).conj()  # d a n
-    fine = real_pairs(powers(log_decay, torch.float32, size), conjugate=True)  # d b 2n
-    at = torch.arange(size, device=fine.device, dtype=torch.float32)[:, None]
-    dkernel = torch.nn.functional.pad(dkernel, (0, count * size - ctx.length)).unflatten(-1, (count, size))
-    both = dkernel.flatten(1, 2) @ torch.cat([fine, at * fine], -1)  # d ca 4n
-    parts = torch.view_as_complex(both.view(len(both), -1, count, 2, log_decay.shape[1], 2))  # d c a 2 n
-    first = (coarse[:, None] * parts[:, :, :, 0]).sum(2)
-    places = size * torch.arange(count, device=fine.device, dtype=torch.float32)[:, None]
-    second = (coarse[:, None] * (parts[:, :, :, 1] + places * parts[:, :, :, 0])).sum(2)
-    return (weight.conj() * second).sum(1).to(log_decay.dtype), first, None
+@torch.library.register_fake("seqlib::dplr_spectrum")
+def _fake(weights: Tensor, square: Tensor, real: Tensor, dt: Tensor, sin: Tensor, cos: Tensor, points: int) -> Tensor:
+    return weights.new_empty(weights.shape[0], weights.shape[2] // 4 - 1, 2, points)
 
 
-def _save_cauchy(ctx, inputs, output) -> None:
-    numerators, alpha, ctx.l_kernel = inputs
-    ctx.save_for_backward(numerators, alpha)
+@torch.library.register_fake("seqlib::dplr_spectrum_bwd")
+def _fake_bwd(
+    dspectrum: Tensor, weights: Tensor, square: Tensor, real: Tensor, dt: Tensor, sin: Tensor, cos: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(weights), torch.empty_like(square), torch.empty_like(real), torch.empty_like(dt)
+    )  # fmt: skip
 
 
-def _cauchy_backward(ctx, dsums: Tensor) -> tuple[Tensor, Tensor, None]:
-    dnumerators, dalpha = _cauchy_gradients(dsums, *ctx.saved_tensors, ctx.l_kernel)
-    return dnumerators, torch.view_as_complex(dalpha), None
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:6])
 
 
-torch.library.register_autograd("seqlib::vandermonde", _vandermonde_backward, setup_context=_save_vandermonde)
-torch.library.register_autograd("seqlib::cauchy", _cauchy_backward, setup_context=_save_cauchy)
+def _backward(ctx, dspectrum: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.seqlib.dplr_spectrum_bwd.default(dspectrum, *ctx.saved_tensors), None, None, None
+
+
+torch.library.register_autograd("seqlib::dplr_spectrum", _backward, setup_context=_save)

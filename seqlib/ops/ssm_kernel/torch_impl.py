@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seqlib.ops.ssm_kernel.discretize import discretize
 
-__all__ = ["block_size", "cauchy", "diag", "dplr", "powers", "real_pairs", "vandermonde", "weights"]
+__all__ = ["block_size", "cauchy", "diag", "dplr", "powers", "real_pairs", "to_kernel", "vandermonde", "weights"]
 
 
 def diag(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, discretization: str) -> Tensor:
@@ -74,7 +74,7 @@ def dplr(
     which has no pole at w = -1. All sums share the denominator, so they are one real matrix product.
     """
     high = torch.float64 if dt.dtype == torch.float64 else torch.float32
-    wide = high.to_complex()
+    wide = torch.complex128 if high == torch.float64 else torch.complex64
     with torch.autocast(dt.device.type, enabled=False):
         A, P, B, C = (t.to(wide) for t in (A, P, B, C))
         dt = dt.to(high)
@@ -99,8 +99,13 @@ def dplr(
         Q_B, Q_P = s[:, -rank:, 0], s[:, -rank:, 1:]  # d r k and d r r k
         inner = _solve(Q_P * h[:, None, None], Q_B)  # d r k
         spectrum = dt[:, None, None] * (C_B - h[:, None] * (C_P * inner[:, None]).sum(2))
-        kernel = torch.fft.irfft(spectrum, l_kernel)[..., :length]
-        return kernel.transpose(0, 1).reshape(*lead, d, length)
+        return to_kernel(spectrum, lead, length, l_kernel)
+
+
+def to_kernel(spectrum: Tensor, lead: tuple[int, ...], length: int, l_kernel: int) -> Tensor:
+    """(d, c, l_kernel // 2 + 1) as (*lead, d, length)."""
+    kernel = torch.fft.irfft(spectrum, l_kernel)[..., :length]
+    return kernel.transpose(0, 1).reshape(*lead, len(kernel), length)
 
 
 def powers(log_decay: Tensor, high: torch.dtype, count: int, *, first: int = 0, step: int = 1) -> Tensor:

@@ -1,0 +1,118 @@
+"""The files of a checkpoint, local or on the Hub: its config and its tensors, read one at a time."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from seqlib.errors import CheckpointMismatch
+
+__all__ = ["HUB_OPTIONS", "WeightFiles", "read_json"]
+
+HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WHOLE = ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors")
+
+
+def read_json(source: str | Path, name: str, hub: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A JSON file of the checkpoint, None if it has none of that name."""
+    path = _find(source, name, hub)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"), object_hook=_special)
+
+
+def _special(values: dict[str, Any]) -> Any:
+    """transformers writes infinities as {"__float__": "Infinity"}."""
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
+
+
+class WeightFiles:
+    """The tensors of a checkpoint by name; safetensors before old .bin files, whole or in shards.
+
+    Nothing is unpickled but tensors: .bin files are read with torch's weights_only.
+
+    Raises:
+        CheckpointMismatch: no weights, or a file that is damaged or holds anything but tensors.
+    """
+
+    def __init__(self, source: str | Path, hub: Mapping[str, Any]) -> None:
+        self.source, self._open, self._of = source, {}, {}  # type: ignore[var-annotated]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name in _WHOLE:
+            for wanted in (name, f"{name}.index.json"):
+                path = _find(source, wanted, hub)
+                if path is not None:
+                    shards = [path] if wanted == name else self._shards(path, hub)
+                    for shard in shards:
+                        self._add(shard)
+                    return
+        raise CheckpointMismatch(f"{source} has no weights; looked for {', '.join(_WHOLE)} and their index files")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        held = self._open[self._of[name]]
+        return held[name] if isinstance(held, dict) else held.get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor, without reading it where the file says so."""
+        held = self._open[self._of[name]]
+        return held[name].dtype if isinstance(held, dict) else _DTYPES[held.get_slice(name).get_dtype()]
+
+    def _shards(self, index: str, hub: Mapping[str, Any]) -> list[str]:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [(name, _find(self.source, name, hub)) for name in names]
+        absent = [name for name, path in paths if path is None]
+        if absent:
+            raise CheckpointMismatch(f"{self.source}: the index names {', '.join(absent)}, which is not there")
+        return [path for _, path in paths if path is not None]
+
+    def _add(self, path: str) -> None:
+        try:
+            if path.endswith(".safetensors"):
+                held: Any = safe_open(path, framework="pt", device="cpu")
+                shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118
+            else:
+                # Only the format of torch since 1.6 can be mapped into memory.
+                held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        except SafetensorError as error:
+            raise CheckpointMismatch(f"{path} is damaged ({error}); copy or download it again") from error
+        except pickle.UnpicklingError as error:
+            raise CheckpointMismatch(
+                f"{path} holds more than tensors, which could run code, and is not read; ask for a safetensors file"
+            ) from error
+        except (RuntimeError, EOFError, AttributeError) as error:
+            raise CheckpointMismatch(
+                f"{path} cannot be read as tensors ({error}); copy or download it again"
+            ) from error
+        self._open[path] = held
+        self.shapes.update(shapes)
+        self._of.update(dict.fromkeys(shapes, path))
+
+
+def _find(source: str | Path, name: str, hub: Mapping[str, Any]) -> str | None:
+    """Path of one file, downloaded where the source is no folder; None if the checkpoint has none of that name."""
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / (hub.get("subfolder") or "") / name
+        return str(path) if path.is_file() else None
+    try:
+        return hf_hub_download(str(source), name, **hub)
+    except LocalEntryNotFoundError:
+        if hub.get("local_files_only"):
+            return None
+        raise
+    except EntryNotFoundError:
+        return None

@@ -1,0 +1,231 @@
+"""PaTH attention block by block.
+
+Inside a block the product of its maps is I - W^T T W, with T = (I + tril(diag(beta) W W^T, -1))^-1 diag(beta).
+So scores within a block, queries brought to its beginning and keys brought to its end are matrix products. Keys of
+earlier blocks come to the block of a query through the products of the blocks between.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from seqlib.errors import UnsupportedInput
+from seqlib.ops.attention.documents import documents
+from seqlib.ops.attention.state import append
+from seqlib.ops.path_attention.state import PathState
+from seqlib.sequence import SequenceInfo
+
+__all__ = ["path_attention_chunked", "step"]
+
+CHUNK = 128
+
+
+class _Past(NamedTuple):
+    """Keys and values of the state, and which of them are filled. Per head: (b, g, s, ...)."""
+
+    k: Tensor
+    v: Tensor
+    live: Tensor  # b s
+    decay: Tensor | None  # b h s, negative sums
+
+
+def path_attention_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    *,
+    scale: float,
+    chunk_size: int | None,
+    state: PathState | None,
+    seq: SequenceInfo | None,
+) -> tuple[Tensor, PathState]:
+    sums = None
+    if log_decay is not None:
+        log_decay = log_decay.double()
+        if seq is not None and seq.padding_mask is not None:
+            log_decay = torch.where(seq.padding_mask[..., None], log_decay, 0)
+        sums = log_decay.cumsum(1)
+    high, chunk = torch.promote_types(q.dtype, torch.float32), chunk_size or CHUNK
+    inputs = (q, k, v, w, beta) if sums is None else (q, k, v, w, beta, sums)
+    held = None if state is None else state.k.to(high)
+    if seq is None or seq.shape is None:
+        y, keys, held = _attend(inputs, _past(state, None), scale, chunk)
+    else:
+        y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
+        keys = k.flatten(0, 1).to(high)
+        for index, real, rows in documents(seq, has_state=state is not None):
+            q_, k_, v_, w_, beta_, *sums_ = (t.flatten(0, 1)[index] for t in inputs)
+            beta_ = torch.where(real[..., None], beta_, 0)
+            past = None if rows is None else _past(state, rows)
+            part, brought, old = _attend((q_, k_, v_, w_, beta_, *sums_), past, scale, chunk)
+            y = y.index_copy(0, index[real], part[real])
+            keys = keys.index_copy(0, index[real], brought[real])
+            if held is not None and rows is not None and old is not None:
+                held = held.index_copy(0, rows, F.pad(old, (0, 0, 0, 0, 0, held.shape[1] - old.shape[1])))
+        y, keys = y.unflatten(0, q.shape[:2]), keys.unflatten(0, q.shape[:2])
+    if state is not None and held is not None:
+        room = state.capacity - held.shape[1]
+        state = PathState(F.pad(held, (0, 0, 0, 0, 0, room)), state.v, state.length, state.log_decay)
+    final = append(state, keys, v, sums, window=None, seq=seq)
+    return y, PathState(final.k, final.v, final.length, final.log_decay)
+
+
+def _past(state: PathState | None, rows: Tensor | None) -> _Past | None:
+    """The filled part of the state, of all rows or of some."""
+    if state is None or int(state.length.max()) == 0:
+        return None
+    k, v, length, decay = state.k, state.v, state.length, state.log_decay
+    if rows is not None:
+        k, v, length = k[rows], v[rows], length[rows]
+        decay = None if decay is None else decay[rows]
+    filled = int(length.max())
+    live = torch.arange(filled, device=k.device) < length[:, None]
+    k, v = (t[:, :filled].transpose(1, 2) for t in (k, v))
+    return _Past(k, v, live, None if decay is None else decay[:, :filled].transpose(1, 2))
+
+
+def _attend(
+    inputs: tuple[Tensor, ...], past: _Past | None, scale: float, chunk: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, the keys brought to the end, and those of the state brought there, (batch, seqlen, heads, headdim) each."""
+    q, k, v, w, beta, *sums = inputs
+    seqlen, nheads = q.shape[1:3]
+    nheads_kv, high = k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    group, chunk = nheads // nheads_kv, min(chunk, seqlen)
+    tail = -seqlen % chunk
+
+    def blocks(t: Tensor) -> Tensor:  # b g c q ...
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, tail)).to(high)
+        return t.unflatten(1, (-1, chunk)).movedim(3, 1)
+
+    K, V, W, B = blocks(k), blocks(v), blocks(w), blocks(beta)
+    # The query heads of one key head stand among the queries: their rows are r q.
+    Q = blocks(q).unflatten(1, (nheads_kv, group)).transpose(2, 3).flatten(3, 4)
+    WT = W.transpose(-1, -2)
+    system = (B.unsqueeze(-1) * (W @ WT)).tril(-1) + torch.eye(chunk, dtype=high, device=q.device)
+    T = torch.linalg.solve_triangular(system, torch.diag_embed(B), upper=False, unitriangular=True)
+    below = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    below = below.repeat(group, 1)
+    TW = T @ W
+    QW = torch.where(below, Q @ WT, 0)
+    TWK = T @ (W @ K.transpose(-1, -2)).tril(-1)
+    local = (Q @ K.transpose(-1, -2) - QW @ TWK).masked_fill(~below, -torch.inf)
+    Q = Q - QW @ TW
+    K = K - TWK.transpose(-1, -2) @ W
+    maps = torch.eye(W.shape[-1], dtype=high, device=q.device) - WT @ TW  # b g c p p
+    G = None if not sums else F.pad(sums[0], (0, 0, 0, tail)).unflatten(1, (-1, chunk)).movedim(3, 1)  # b h c q
+
+    def rows(a: int) -> Tensor:
+        """y of block a: (b, g, r q, p)."""
+        here, there = _ways(maps[:, :, :a])
+        logits, values = [local[:, :, a]], [V[:, :, a]]
+        if a:
+            keys = (K[:, :, :a] @ here.transpose(-1, -2)).flatten(2, 3)
+            logits.insert(0, Q[:, :, a] @ keys.transpose(-1, -2))
+            values.insert(0, V[:, :, :a].flatten(2, 3))
+        if past is not None:
+            keys = past.k.to(high) @ there.transpose(-1, -2)
+            score = Q[:, :, a] @ keys.transpose(-1, -2)
+            logits.insert(0, score.masked_fill(~past.live[:, None, None], -torch.inf))
+            values.insert(0, past.v.to(high))
+        scores = torch.cat(logits, -1) * scale
+        if G is not None:
+            scores = scores + _decays(G, a, past, group, high)
+        return scores.softmax(-1) @ torch.cat(values, 2)
+
+    parts = []
+    for a in range(K.shape[2]):
+        # A block sees all keys before it; kept for the backward pass of every block they would be quadratic.
+        again = torch.is_grad_enabled()
+        parts.append(checkpoint(rows, a, use_reentrant=False, preserve_rng_state=False) if again else rows(a))
+    y = torch.stack(parts, 2).unflatten(3, (group, chunk)).transpose(2, 3).flatten(1, 2).flatten(2, 3)  # b h l p
+    here, there = _ways(maps)
+    brought = (K @ here.transpose(-1, -2)).flatten(2, 3).transpose(1, 2)
+    held = None if past is None else (past.k.to(high) @ there.transpose(-1, -2)).transpose(1, 2)
+    return y.transpose(1, 2)[:, :seqlen].to(q.dtype), brought[:, :seqlen], held
+
+
+def _ways(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Products of the maps (b, g, c, p, p) of all blocks after each one, latest first, and of all blocks."""
+    way = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device).expand(*maps.shape[:2], -1, -1)
+    ways = []
+    for one in reversed(maps.unbind(2)):
+        ways.append(way)
+        way = way @ one
+    return torch.stack(ways[::-1], 2) if ways else maps, way
+
+
+def _decays(G: Tensor, a: int, past: _Past | None, group: int, high: torch.dtype) -> Tensor:
+    """(b, g, r q, s): the log-decays between the queries of block a and every key up to it."""
+    first = G[:, :, a, :1]
+    keys = G[:, :, : a + 1].flatten(2, 3)
+    if past is not None and past.decay is not None:
+        keys = torch.cat([-past.decay.double(), keys], -1)
+    both = (G[:, :, a] - first).to(high).unsqueeze(-1) + (first - keys).to(high).unsqueeze(-2)
+    return both.unflatten(1, (-1, group)).flatten(2, 3)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    state: PathState,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """One token of `path_attention`, for decoding: rewrites every key of the state and takes up the new one, in place.
+
+        k_j <- k_j - beta (k_j . w) w;   then attention over all keys, the new one included as it is
+
+    Args:
+        q: (batch, nheads, headdim).
+        k, w: (batch, nheads_kv, headdim), v: (batch, nheads_kv, headdim_v), beta: (batch, nheads_kv).
+        state: with a free slot in every row (`reserve` makes room).
+        log_decay: (batch, nheads); with a state that holds decays, and only then.
+        scale: None is 1/sqrt(headdim).
+
+    Returns:
+        (batch, nheads, headdim_v) in the dtype of q. Has no gradient.
+
+    Raises:
+        UnsupportedInput: the state does not fit, or on the CPU has no free slot.
+    """
+    batch, capacity = state.k.shape[:2]
+    if not isinstance(state, PathState) or (log_decay is None) != (state.log_decay is None):
+        raise UnsupportedInput("step takes a PathState, with decays if log_decay is given and only then")
+    filled: int | None = None
+    if state.length.device.type == "cpu" and not torch.compiler.is_compiling():
+        filled = int(state.length.max()) + 1
+        if filled > capacity:
+            raise UnsupportedInput(f"the cache holds {capacity} tokens and is full; make room with state.reserve(...)")
+    with torch.no_grad():
+        rows, high = torch.arange(batch, device=q.device), state.k.dtype
+        w = w.to(high)
+        keys, values = state.k[:, :filled], state.v[:, :filled]
+        along = torch.einsum("bsgp,bgp->bsg", keys, w) * beta.to(high)[:, None]
+        keys.addcmul_(along.unsqueeze(-1), w[:, None], value=-1)
+        state.k[rows, state.length] = k.to(high)
+        state.v[rows, state.length] = v
+        if log_decay is not None and state.log_decay is not None:
+            old = torch.arange(capacity, device=q.device) < state.length[:, None]
+            state.log_decay += log_decay[:, None].to(state.log_decay.dtype) * old[..., None]
+            state.log_decay[rows, state.length] = 0
+        state.length += 1
+        groups = q.to(high).unflatten(1, (k.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = groups @ keys.permute(0, 2, 3, 1)  # b g r s
+        if state.log_decay is not None:
+            scores = scores + state.log_decay[:, :filled].transpose(1, 2).unflatten(1, (k.shape[1], -1))
+        live = torch.arange(keys.shape[1], device=q.device) < state.length[:, None]
+        weights = scores.masked_fill(~live[:, None, None], -torch.inf).softmax(-1)
+        return (weights.to(v.dtype) @ values.transpose(1, 2)).flatten(1, 2).to(q.dtype)
