@@ -35,6 +35,16 @@ IMPLS = (
         limits=_nothing_to_cut,
         refuses=frozenset({"bidirectional"}),
     ),
+    Impl(
+        "vendor",
+        "parallel",
+        f"{_HERE}.vendor_impl:attention",
+        devices=("cuda",),
+        dtypes=(torch.bfloat16, torch.float16),
+        needs=("flash_attn",),
+        refuses=frozenset({"initial_state", "headdim of v"}),
+        by_name_only=True,
+    ),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:attention_parallel"),
     Impl("reference", "reference", f"{_HERE}.reference:attention"),
 )
@@ -55,6 +65,7 @@ def facts(
     tensors = [q, k, v, *([] if log_decay is None else [log_decay]), *(state.tensors() if state is not None else ())]
     used = {
         "bidirectional": not causal,
+        "headdim of v": v.shape[-1] != q.shape[-1],
         "log_decay": log_decay is not None,
         "initial_state": state is not None,
         "packed": seq is not None and seq.starts is not None,
