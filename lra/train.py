@@ -40,7 +40,7 @@ from .store import Examples, fingerprint
 from .synthetic import Batch
 from .tasks import TASKS, TaskData
 
-__all__ = ["DataSource", "build_model", "load_data", "open_run", "train"]
+__all__ = ["DataSource", "build_model", "check_length", "load_data", "open_run", "train"]
 
 _TEST_EXAMPLES = 2000
 _HELD_OUT, _TEST = 1 << 32, 1 << 33  # added to a recipe's seed for data that training does not see
@@ -134,6 +134,17 @@ def build_model(recipe: Recipe, data: RunData) -> Any:
     return classes(SeqlibConfig(**shared))
 
 
+def check_length(model: Any, seqlen: int) -> None:
+    """Raise ConfigError unless every mixer has weights for sequences of `seqlen`."""
+    for name, config in model.config.backbone.mixers.items():
+        limit = getattr(config, "max_seqlen", None)
+        if limit is not None and limit < seqlen:
+            raise ConfigError(
+                f"mixer {name} ({config.kind}) has weights for {limit} positions, the longest sequence has {seqlen}; "
+                f"train with --set mixers.{name}.max_seqlen={seqlen}, or take shorter data"
+            )
+
+
 class _Trainer(SeqlibTrainer):
     """Evaluates with our own scores; takes streams in their order."""
 
@@ -204,6 +215,7 @@ def train(
         raise ConfigError(f"{folder}: {hint}")
     data = data or load_data(recipe, source)
     model = build_model(recipe, data)
+    check_length(model, data.seqlen)
     folder.mkdir(parents=True, exist_ok=True)
     _describe(folder, recipe, source, data)
     reporter = Reporter(folder / "metrics.jsonl", recipe.batch_size * recipe.accumulation)

@@ -7,13 +7,22 @@ from seqlib import _register
 from seqlib.dispatch import explain, use_backend
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "accelerate_transformers", "explain", "export", "from_pretrained", "use_backend"]
+__all__ = [
+    "__version__",
+    "accelerate_transformers",
+    "explain",
+    "export",
+    "export_remote_code",
+    "from_pretrained",
+    "use_backend",
+]
 
 _register.install()
 
 _ELSEWHERE = {
     "accelerate_transformers": "seqlib.hf.accelerate",
     "export": "seqlib.hf.auto",
+    "export_remote_code": "seqlib.hf.remote",
     "from_pretrained": "seqlib.hf.auto",
 }
 

@@ -87,6 +87,39 @@ def test_logits_while_64_tokens_are_generated(case: str, opened) -> None:
 
 
 @cases
+@torch.no_grad()
+def test_several_tokens_after_right_padding(case: str, opened) -> None:
+    """A right-padded batch goes on by five tokens at once, while another cache of the same model is in use."""
+    reference, _, model = opened(case)
+    prompts, _, _ = rows()
+    ids, mask = torch.zeros(len(prompts), max(LENGTHS), dtype=torch.long), torch.zeros(len(prompts), max(LENGTHS))
+    for row, prompt in enumerate(prompts):
+        ids[row, : prompt.shape[1]], mask[row, : prompt.shape[1]] = prompt[0], 1
+    more = torch.randint(3, VOCAB, (len(prompts), 5), generator=torch.Generator().manual_seed(4))
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    model(ids.flip(1), use_cache=True)
+    logits = model(more, past_key_values=cache).logits
+    for row, prompt in enumerate(prompts):
+        same(logits[row], uncached(reference, torch.cat([prompt, more[row : row + 1]], 1))[0, -5:])
+
+
+@cases
+def test_bfloat16_trains(case: str, opened) -> None:
+    """Logits are near those in float32, and every weight gets a finite gradient."""
+    _, folder, model = opened(case)
+    ids = torch.cat(rows()[0][:1])
+    narrow = seqlib.from_pretrained(folder, match="transformers", dtype=torch.bfloat16).train()
+    out = narrow(ids, labels=ids)
+    with torch.no_grad():
+        want = model(ids).logits
+    assert (out.logits.float() - want).square().mean().sqrt() < 5e-2 * want.square().mean().sqrt()
+    out.loss.backward()
+    for name, parameter in narrow.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+
+
+@cases
 def test_written_back_every_bit_is_there(case: str, opened, tmp_path) -> None:
     _, folder, model = opened(case)
     seqlib.export(model, PORTS[case][0] if case in PORTS else REDERIVED[case].layout, tmp_path)

@@ -129,6 +129,44 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         )
 
 
+def test_sequences_that_are_longer_than_a_mixer_has_weights_for(tmp_path: Path) -> None:
+    """Found before a run folder is made, and before an evaluation begins."""
+    limited = {"n_layer": 2, "layer_pattern": "p m", "mixers": {"p": {"kind": "learned_positions", "max_seqlen": 60}}}
+    recipe = dataclasses.replace(tiny("listops"), **limited | {"mixers": limited["mixers"] | {"m": {"kind": "fnet"}}})
+    longer = {"max_depth": 5, "min_length": 60, "max_length": 90}
+    with pytest.raises(ConfigError, match=r"mixer p \(learned_positions\) has weights for 60 positions"):
+        training.train(
+            dataclasses.replace(recipe, data=recipe.data | longer), source(tmp_path), tmp_path / "r", console=QUIET
+        )
+    assert not (tmp_path / "r").exists()
+    result = training.train(recipe, source(tmp_path), tmp_path / "r", console=QUIET)
+    assert result["invariance"]["holds"]
+    with pytest.raises(ConfigError, match="or take shorter data"):
+        report.evaluate_model(str(tmp_path / "r"), generate=longer)
+
+
+def test_pixels_as_numbers(tmp_path: Path) -> None:
+    """A linear map of the intensity takes the place of 256 embeddings, also after loading."""
+    result = training.train(
+        tiny("pathfinder", "numbers=true", "steps=4"), source(tmp_path), tmp_path / "r", console=QUIET
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r" / "model")
+    weight = model.model.embed_tokens.weight
+    assert weight.shape == (2, 16) and result["test"]["n"] == 20
+    x = model.model.embed_tokens(torch.tensor([0, 255, 51]))
+    torch.testing.assert_close(
+        x, torch.stack([weight[1] - weight[0], weight[1] + weight[0], weight[1] - 0.6 * weight[0]])
+    )
+    with pytest.raises(ConfigError, match="numbers must be False but for image"):
+        tiny("listops", "numbers=true")
+
+
+def test_recall_tasks_refuse_mixers_that_look_ahead() -> None:
+    for mixer in ("fnet", '{"kind": "attention", "causal": false}', '{"kind": "s4d", "bidirectional": true}'):
+        with pytest.raises(ConfigError, match="reads what follows"):
+            tiny("mqar", mixer=mixer)
+
+
 def test_a_model_learns(tmp_path: Path) -> None:
     """The smallest proof that data, shifted labels, loss, optimiser and score fit together."""
     recipe = Recipe(
@@ -328,11 +366,11 @@ def test_suite_ranks_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         suite.run_suite("smoke", minutes=5, **(asked | {"mixers": ["x"]}))
 
 
-# A sum has no size of its own: it says which mixers it is made of.
-@pytest.mark.parametrize("kind", sorted(MIXERS.keys() - {"sum"}))
+# These two have no size of their own: they say which mixers they are made of.
+@pytest.mark.parametrize("kind", sorted(MIXERS.keys() - {"shared", "sum"}))
 def test_every_mixer_has_a_size_for_the_suite(kind: str) -> None:
     for d_model in (16, 64):
-        (config,) = suite.named_mixers([kind], d_model).values()
+        ((config,),) = suite.named_mixers([kind], d_model).values()
         mixer = build_mixer(config, d_model)
         assert mixer.state_bytes(1, 64) < 1 << 20
 

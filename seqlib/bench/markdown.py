@@ -11,10 +11,11 @@ __all__ = ["page"]
 
 HEAD = """# Benchmarks
 
-Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench WHAT --json FILE`, where WHAT
-are ops, `mamba-130m` or `linear-family`; this page is written by `python -m seqlib.bench.markdown docs`. Ratios compare
-runs that took turns in one process. Processor time of one core is steadier than wall time where neighbours share the
-machine. Freed memory is kept by the process (glibc's mallopt), for all contenders alike.
+Every number here comes from a JSON file in `docs/bench/`; this page is written by `python -m seqlib.bench.markdown
+docs`. Speed is measured by `seqlib-lm bench WHAT --json FILE`, where WHAT are ops, `mamba-130m` or `linear-family`, and
+by `seqlib-lra speed --peer-s4 DIR --json FILE`. Ratios compare runs that took turns in one process. Processor time of
+one core is steadier than wall time where neighbours share the machine. Freed memory is kept by the process (glibc's
+mallopt), for all contenders alike. Quality is measured by `seqlib-lm sweep --json FILE`.
 """
 
 
@@ -23,12 +24,9 @@ def page(folder: Path) -> str:
     parts = [HEAD]
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
-        parts.append(f"## {path.stem}\n\n{_machine(report)}")
+        parts.append(f"## {path.stem}" + (f"\n\n{_machine(report)}" if "machine" in report else ""))
         parts += [_case(result) for result in report.get("results", [])]
-        if "mamba_130m" in report:
-            parts.append(_model(report["mamba_130m"]))
-        if "linear_family" in report:
-            parts.append(_family(report["linear_family"]))
+        parts += [section(report) for name, section in SECTIONS.items() if name in report]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -64,7 +62,8 @@ def _case(result: dict[str, Any]) -> str:
     )
 
 
-def _model(made: dict[str, Any]) -> str:
+def _model(report: dict[str, Any]) -> str:
+    made = report["mamba_130m"]
     what = {
         "forward": f"forward, batch 1, seqlen {made['seqlen']}",
         "train": f"training step, {made['train_layers']} of {made['n_layer']} layers",
@@ -81,7 +80,8 @@ def _model(made: dict[str, Any]) -> str:
     )
 
 
-def _family(made: dict[str, Any]) -> str:
+def _family(report: dict[str, Any]) -> str:
+    made = report["linear_family"]
     lines = ["| what | ms | against | its ms | ratio | aim |", "|---|---|---|---|---|---|"]
     for row in made["rows"]:
         times = [f"{1e3 * row[key]:.3g}" for key in ("ours_s", "other_s")]
@@ -95,6 +95,60 @@ def _family(made: dict[str, Any]) -> str:
         f"ours is, at least the aim.\n\nPeak memory of {memory['what']}, inputs and gradients included: {slopes} bytes "
         f"per token between lengths {lengths}."
     )
+
+
+def _state_spaces(report: dict[str, Any]) -> str:
+    sizes = "batch {batch}, seqlen {seqlen}, d_model {d_model}, d_state {d_state}".format(**report["options"])
+    lines = [
+        f"| {sizes} | who | wall ms | one core ms | x | x one core | kernel's share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, made in report["state_spaces"].items():
+        for kind in ("forward", "forward_backward"):
+            for who, t in made[kind].items():
+                if not isinstance(t, dict):
+                    continue
+                ours = who == "seqlib"
+                ratios = [
+                    f"{made[kind][k]:.1f}" if ours and k in made[kind] else "" for k in ("ratio", "ratio_one_core")
+                ]
+                share = f"{100 * made['kernel_share'][kind]:.0f} %" if ours and "kernel_share" in made else ""
+                cells = [f"{name}, {kind.replace('_', ' + ')}", who, f"{1e3 * t['wall_s']:.3g}"]
+                lines.append("| " + " | ".join([*cells, f"{1e3 * t['one_core_s']:.3g}", *ratios, share]) + " |")
+    us = report["decoding_us"]
+    text = (
+        f"One position of S4D, batch 1, one thread: {us['s4d_state_update']:.0f} microseconds for the state and its "
+        f"output, {us['s4d_layer']:.0f} for the whole layer."
+    )
+    if "long" in report:
+        long = report["long"]
+        text += (
+            f" {long['seqlen']:,} positions of S4D, batch 1: {long['forward']['peak_gb']:.1f} GB forward, "
+            f"{long['forward_backward']['peak_gb']:.1f} GB with gradients."
+        )
+    return "\n".join(lines) + "\n\n" + text
+
+
+def _sweep(report: dict[str, Any]) -> str:
+    recipe, rows = report["recipe"], sorted(report["sweep"], key=lambda row: row["bits_per_byte"])
+    softmax = next((row["bits_per_byte"] for row in rows if row["mixer"] == "attention"), None)
+    lines = [
+        f"| mixer | bits per byte | over softmax attention | d_mlp | parameters | state after {report['state_at']:,} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        over = f"{row['bits_per_byte'] / softmax:.3f}" if softmax else "-"
+        sizes = [f"{row[key]:,}" for key in ("d_mlp", "parameters", "state_bytes")]
+        lines.append("| " + " | ".join([row["mixer"], f"{row['bits_per_byte']:.3f}", over, *sizes]) + " |")
+    return (
+        f"Every mixer in the same model: d_model {recipe['d_model']}, {recipe['n_layer']} layers, an MLP whose width "
+        f"makes sizes equal, {recipe['steps']} steps of {recipe['batch_size']} x {recipe['seqlen']} bytes of Python's "
+        f"standard library, one seed and one learning rate ({recipe['learning_rate']:g}). Bits per byte on held-out "
+        "files, lower is better.\n\n" + "\n".join(lines)
+    )
+
+
+SECTIONS = {"mamba_130m": _model, "linear_family": _family, "state_spaces": _state_spaces, "sweep": _sweep}
 
 
 if __name__ == "__main__":

@@ -95,14 +95,16 @@ def chunk_attention_step(
     chunk_size: int | None,
 ) -> Tensor:
     """One causal position: q, k (batch, d_qk), v (batch, d_v); **writes into `state`**, which has a free slot."""
+    # Looking at lengths makes a GPU wait, and a compiler stop.
+    looks = q.device.type == "cpu" and not torch.compiler.is_compiling()
     over = state.length >= (chunk_size or state.capacity + 1)
-    if q.device.type != "cpu" or bool(over.any()):  # a new chunk begins
+    if not looks or bool(over.any()):  # a new chunk begins
         for held in (state.k, state.v, state.length):
             held.masked_fill_(over.view(-1, *[1] * (held.dim() - 1)), 0)
     rows = torch.arange(len(q), device=q.device)
     state.k[rows, state.length, 0] = k
     state.v[rows, state.length, 0] = v
-    size = state.capacity if q.device.type != "cpu" else int(state.length.max()) + 1
+    size = int(state.length.max()) + 1 if looks else state.capacity
     index = torch.arange(size, device=q.device)
     bias = relative(size)[(index - state.length[:, None] + size - 1).clamp(max=2 * size - 2)][:, None]
     visible = (index <= state.length[:, None])[:, None]

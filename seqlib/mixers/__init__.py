@@ -11,7 +11,7 @@ from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
 from seqlib.mixers.channel import Channel
-from seqlib.mixers.compose import Sum, SumConfig
+from seqlib.mixers.compose import Shared, Sum, SumConfig
 from seqlib.mixers.conv_attention import ConvAttention
 from seqlib.mixers.deltanet import DeltaNet
 from seqlib.mixers.dss import DSS
@@ -79,6 +79,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mlstm": MLSTM,
     "rg_lru": RGLRU,
     "sum": Sum,
+    "shared": Shared,
     "learned_positions": LearnedPositions,
     "local_attention": LocalAttention,
     "longformer": Longformer,
@@ -146,6 +147,7 @@ def sized(config: Mapping[str, Any], d_model: int, *, headdim: int = 32, window:
             wanted["headdim"] = None
     elif "headdim" in fields:
         wanted["headdim"] = min(2 * headdim, d_model)  # of twice as many channels
-    if "window" in fields and fields["window"] is not None:
-        wanted["window"] = window
+    for name in ("window", "chunk_size"):
+        if fields.get(name) is not None:
+            wanted[name] = window
     return wanted | dict(config)

@@ -150,6 +150,11 @@ def wide_dtype(like: Tensor) -> torch.dtype:
     return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
+def wide_complex(like: Tensor) -> torch.dtype:
+    """The same of complex states; torch's compiler cannot trace `dtype.to_complex`."""
+    return torch.complex128 if like.dtype == torch.float64 else torch.complex64
+
+
 def wide(tensor: Tensor) -> Tensor:
     """`tensor` in that dtype; decays lose their meaning in 16 bits."""
     return tensor.to(wide_dtype(tensor))

@@ -13,7 +13,7 @@ from seqlib.errors import ConfigError
 from seqlib.layers.hippo import nplr
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.lti import Diagonal
-from seqlib.mixers.base import MixerConfig, positive, wide, wide_dtype
+from seqlib.mixers.base import MixerConfig, positive, wide, wide_complex, wide_dtype
 from seqlib.mixers.lti import SSMConfig, TimeInvariant
 from seqlib.ops import ssm_kernel_diag
 
@@ -94,4 +94,4 @@ class DSS(TimeInvariant[DSSConfig]):
         return Diagonal(z, torch.expm1(z) * inverse, torch.view_as_complex(wide(self.C))[0], pairs=False)
 
     def state_shape(self) -> tuple[int, torch.dtype]:
-        return self.config.d_state, wide_dtype(self.D).to_complex()
+        return self.config.d_state, wide_complex(self.D)

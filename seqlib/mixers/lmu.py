@@ -90,7 +90,7 @@ class LMU(Mixer[LMUConfig]):
 
     def step(self, x: Tensor, state: LMUState) -> tuple[Tensor, LMUState]:
         memory = state.memory
-        A_bar, B_bar = _system(self.config.d_state, self.config.theta, memory.dtype, memory.device)
+        A_bar, B_bar = _system(self.config.d_state, self.config.theta, memory)
         u = F.relu(self.u_proj(x)).to(memory.dtype)
         with torch.autocast(x.device.type, enabled=False):
             memory.copy_(memory @ A_bar.T + u[..., None] * B_bar)
@@ -150,9 +150,23 @@ def _discrete(n: int, theta: float) -> tuple[Tensor, Tensor]:
     return held[:n, :n].contiguous(), held[:n, n].contiguous()
 
 
+def _system(n: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A_bar and B_bar beside `like`."""
+    if torch.compiler.is_compiling():  # a traced tensor must not stay behind
+        A_bar, B_bar = (torch.tensor(numbers, dtype=like.dtype, device=like.device) for numbers in _numbers(n, theta))
+        return A_bar, B_bar
+    return _system_on(n, theta, like.dtype, like.device)
+
+
+@torch.compiler.assume_constant_result
+def _numbers(n: int, theta: float) -> tuple[list[list[float]], list[float]]:
+    A_bar, B_bar = _discrete(n, theta)
+    return A_bar.tolist(), B_bar.tolist()
+
+
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _system(n: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _system_on(n: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     A_bar, B_bar = _discrete(n, theta)
     return A_bar.to(device, dtype), B_bar.to(device, dtype)
 

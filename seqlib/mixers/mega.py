@@ -14,7 +14,7 @@ from seqlib.layers.chunk_attention import SCORES, chunk_attention, chunk_attenti
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
 from seqlib.layers.linear import Linear
-from seqlib.layers.lti import Diagonal, continue_span
+from seqlib.layers.lti import Diagonal, add_carried, final_state
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.mixers.lti import NoState, refuse_state
 from seqlib.ops import long_conv, ssm_kernel_diag
@@ -102,8 +102,10 @@ class EMA(nn.Module):
             y, _ = long_conv(x, kernel[0], D=D, reverse_kernel=kernel[1, :, 1:], seq=seq, backend=backend)
             return F.silu(y), None
         y, _ = long_conv(x, kernel[0], D=self.omega, seq=seq, backend=backend)
-        y, state = continue_span(self._keep("system", None, self._system), x, y, state, seq)
-        return F.silu(y), state
+        system = self._keep("system", None, self._system)
+        if state is not None:
+            y = add_carried(y, system.outputs(state, x.shape[1]), seq)
+        return F.silu(y), final_state(system, x, state, seq)
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         """One position (batch, d_model); `state` is updated in place."""
@@ -207,7 +209,8 @@ class Mega(Mixer[MegaConfig]):
     def step(self, x: Tensor, state: MegaState, residual: Tensor | None = None) -> tuple[Tensor, MegaState]:
         c, kv = self.config, state.kv
         u, q, k, r, s = self._split(self.ema.step(x, state.ema))
-        if c.chunk_size is None and x.device.type == "cpu" and int(kv.length.max()) >= kv.capacity:
+        looks = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if c.chunk_size is None and looks and int(kv.length.max()) >= kv.capacity:
             kv = state.kv = kv.reserve(max(16, 2 * kv.capacity))
         v = F.silu(self.v_proj(x))
         o = chunk_attention_step(q, k, v, self.relative, kv, scores=c.scores, chunk_size=c.chunk_size)

@@ -13,7 +13,7 @@ from seqlib.errors import UnsupportedInput
 from seqlib.layers.init import normal_
 from seqlib.layers.kept import Kept
 from seqlib.layers.readout import Readout
-from seqlib.mixers.base import Mixer, wide_dtype
+from seqlib.mixers.base import Mixer, wide_complex
 from seqlib.mixers.lti import ConvConfig, NoState, SSMState, as_real, refuse_state
 from seqlib.ops import linear_scan
 from seqlib.sequence import SequenceInfo
@@ -100,13 +100,13 @@ class SharedState(Mixer[C]):
     ) -> SSMState:
         if self.config.bidirectional:
             raise UnsupportedInput(f"{self.config.kind} with bidirectional=True has no state and cannot decode")
-        wide = wide_dtype(self.D).to_complex()
+        wide = wide_complex(self.D)
         return SSMState(torch.zeros(batch, self.states, dtype=wide, device=device or self.D.device))
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
-        return 0 if self.config.bidirectional else batch * self.states * wide_dtype(self.D).to_complex().itemsize
+        return 0 if self.config.bidirectional else batch * self.states * wide_complex(self.D).itemsize
 
 
 def _as_complex(pairs: Tensor, like: Tensor) -> Tensor:
     """(..., 2n) real numbers as (..., n) complex ones in the dtype of `like`."""
-    return torch.view_as_complex(pairs.to(like.dtype.to_real()).unflatten(-1, (-1, 2)))
+    return torch.view_as_complex(pairs.to(torch.view_as_real(like).dtype).unflatten(-1, (-1, 2)))

@@ -181,13 +181,12 @@ class S4(TimeInvariant[S4Config]):
         decay, q, r, B_bar = dplr_recurrence(A, P, B, self.dt())
         re, im = dplr_dense(A, P, B, C[0], self.dt(), self.positions).C.chunk(2, -1)
         _, dtype = self.state_shape()
-        real = dtype.to_real()
         return _Step(
             decay.to(dtype),
             as_real(q.to(dtype)),
             as_real(r.to(dtype).conj().resolve_conj()),  # Re(r h) = Re r Re h - Im r Im h
             as_real(B_bar.to(dtype)),
-            torch.stack([re, im], -1).flatten(-2).to(real),
+            torch.stack([re, im], -1).flatten(-2).to(wide_dtype(self.D)),
         )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from seqlib.errors import ConfigError
 from seqlib.layers.hippo import nplr
 from seqlib.layers.init import fill_
-from seqlib.mixers.base import MixerConfig, positive, wide, wide_dtype
+from seqlib.mixers.base import MixerConfig, positive, wide, wide_complex
 from seqlib.mixers.lti import ConvConfig
 from seqlib.mixers.mimo import SharedState
 from seqlib.ops.ssm_kernel import discretize
@@ -110,7 +110,7 @@ class S5(SharedState[S5Config]):
         dt = wide(self.log_dt).exp() * self.rate
         one = torch.ones_like(A)[None]
         log_decay, gain = (t[0] for t in discretize(A[None], one, dt[None], self.config.discretization))
-        dtype = wide_dtype(self.D).to_complex()
+        dtype = wide_complex(self.D)
         B, C = (torch.view_as_complex(wide(p)) for p in (self.B, self.C))
         return log_decay.exp().to(dtype), gain.to(dtype)[:, None] * B, 2 * C
 

@@ -99,19 +99,25 @@ def ported(
     model_type: str,
     config: Callable[[Values, str], dict[str, Any]],
     parts: Callable[[Values, SeqlibConfig], Iterable[Part]],
+    *,
+    also: tuple[str, ...] = (),
     **options: Any,
 ) -> Family:
-    """A family that transformers has too: its config class knows the defaults and older names of the fields."""
+    """A family that transformers has too: its config class knows the defaults and older names of the fields.
+
+    `also` are names that the authors' own code goes by.
+    """
 
     def defaults(values: Values) -> dict[str, Any]:
-        own = AutoConfig.for_model(**{"model_type": model_type, **values})
+        own = AutoConfig.for_model(**{**values, "model_type": model_type})
         # Fields that it does not know become attributes, too; the caller has to hear of them.
         known = {f.name for f in dataclasses.fields(own)} | own.attribute_map.keys() | options.get("known", frozenset())
         given = {k: v for k, v in values.items() if k in known}
         full = {k: v for k, v in own.to_dict().items() if k not in values.keys() - known}
         return given | full | {"model_type": model_type}
 
-    return Family(name, config, parts, lambda v: v.get("model_type") == model_type, defaults, **options)
+    names = (model_type, *also)
+    return Family(name, config, parts, lambda v: v.get("model_type") in names, defaults, **options)
 
 
 def ids(values: Values) -> dict[str, Any]:
@@ -171,12 +177,11 @@ def rows(
     *,
     order: Tensor | None = None,
     shares: Sequence[int] | None = None,
-    tail: tuple[int, ...] | None = None,
 ) -> dict[str, str | Part]:
     """One entry of `layer` in which rows are joined, divided or reordered."""
     mine = (ours,) if isinstance(ours, str) else tuple(ours)
     them = (theirs,) if isinstance(theirs, str) else tuple(theirs)
-    return {mine[0]: Part(mine, them, order, None if shares is None else tuple(shares), tail)}
+    return {mine[0]: Part(mine, them, order, None if shares is None else tuple(shares))}
 
 
 def expect(family: str, values: Values, **wanted: Any) -> None:

@@ -1,4 +1,4 @@
-"""The causal convolution by the compiled CPU kernel."""
+"""The causal convolution by the compiled kernels."""
 
 from __future__ import annotations
 
