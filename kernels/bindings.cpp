@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEQLIB_LIBRARY, m) {
   m.def("selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? spans, bool dt_softplus, bool keep) -> (Tensor, Tensor, Tensor)");
   m.def("selective_scan_bwd(Tensor dy, Tensor? dfinal, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? spans, Tensor checkpoints, bool dt_softplus) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) state, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus) -> Tensor");
+  m.def("vandermonde(Tensor log_decay, Tensor weight, int length) -> Tensor");
+  m.def("cauchy(Tensor numerators, Tensor alpha, int l_kernel) -> Tensor");
+  m.def("cauchy_bwd(Tensor dsums, Tensor numerators, Tensor alpha, int l_kernel) -> (Tensor, Tensor)");
   m.def("dplr_spectrum(Tensor weights, Tensor square, Tensor real, Tensor dt, Tensor sin, Tensor cos, int points) -> Tensor");
   m.def("dplr_spectrum_bwd(Tensor dspectrum, Tensor weights, Tensor square, Tensor real, Tensor dt, Tensor sin, Tensor cos) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("exp_floor(Tensor x, int repeats) -> Tensor");

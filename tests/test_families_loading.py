@@ -16,7 +16,7 @@ from rederived import Original
 from safetensors.torch import load_file, save_file
 from test_families import same, weights
 from test_hub import client
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import seqlib
 from seqlib.errors import CheckpointMismatch, ConfigError
@@ -374,6 +374,15 @@ def test_older_names_of_fields_mean_the_same(old: dict, new: dict) -> None:
     assert made[0].backbone == made[1].backbone
     if old["model_type"].startswith("minimax"):
         assert made[0].backbone.mixers["a"].rotary_fraction == 0.5
+
+
+def test_infinities_survive_our_own_config(tmp_path: Path) -> None:
+    """The limit of dt that came from the layout goes through a checkpoint of ours and back."""
+    save(PORTS["mamba2"][1](), tmp_path / "theirs")
+    seqlib.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    seqlib.export(seqlib.from_pretrained(tmp_path / "ours"), "mamba2-hf", tmp_path / "back")
+    limits = [AutoConfig.from_pretrained(tmp_path / name).time_step_limit for name in ("theirs", "back")]
+    assert [tuple(limit) for limit in limits] == [(0.0, float("inf"))] * 2
 
 
 def test_checkpoints_of_ours_open_as_what_they_were(mamba: Path, tmp_path: Path) -> None:

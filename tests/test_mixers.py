@@ -33,6 +33,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 4},
         {"nheads": 3, "headdim": 6, "lrpe": True, "bias": True},
         {"nheads": 4, "variant": "minimax"},
+        {"nheads": 4, "variant": "ring", "qk_norm": True, "norm_groups": 2},
     ],
     "retnet": [{"nheads": 4}, {"nheads": 2, "expand_k": 0.5, "expand_v": 1.0, "rotary": False}],
     "linear_transformer": [
@@ -54,11 +55,12 @@ VARIANTS: dict[str, list[dict]] = {
     "conv_attention": [{"nheads": 4}, {"nheads": 2, "nheads_kv": 1, "d_conv": 3, "bias": True, "window": 5}],
     "channel": [{"mlp": {"d_mlp": 20, "gated": False, "activation": "relu2"}}, {"mlp": {"d_mlp": 12, "nexperts": 3}}],
     "gated_conv": [{}, {"d_conv": 4, "expand": 1, "bias": False, "conv_bias": False}],
-    "transnormer": [{"nheads": 4}, {"nheads": 2, "feature_map": "elu"}],
+    "transnormer": [{"nheads": 4}, {"nheads": 2, "feature_map": "elu"}, {"nheads": 2, "lrpe": True}],
     "diag_attention": [
         {"nheads": 4, "window": 8},
         {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True},
         {"nheads": 2, "window": 4, "forget_gate": True},
+        {"nheads": 2, "window": 5, "activation": "relu", "lrpe": True},
     ],
     "path": [
         {"nheads": 2},

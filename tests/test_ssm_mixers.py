@@ -182,6 +182,29 @@ def test_s4_in_float32_is_as_exact_in_steps(measure: str) -> None:
             assert float((got - want).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "config", [{"kind": "s4d", "d_state": 4}, {"kind": "s4", "d_state": 4}, {"kind": "dss"}], ids=str
+)
+def test_a_state_is_made_when_it_is_looked_at(config: dict) -> None:
+    """With gradients, also under no_grad and after the weights have moved, it is that of its own pass."""
+    mixer, x = _mixer(**config), _input(2, 9).requires_grad_()
+    with torch.no_grad():
+        want = mixer(x)[1].ssm
+    y, state = mixer(x)
+    assert "ssm" not in vars(state)
+    y.sum().backward()
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.mul_(1.1)
+        ssm = state.ssm
+    assert ssm.requires_grad and state.ssm is ssm
+    _same(torch.view_as_real(ssm.detach()), torch.view_as_real(want), 1e-9)
+    copied = copy.deepcopy(mixer(x.detach())[1].detach())
+    assert copied.ssm.shape == want.shape
+    with pytest.raises(AttributeError, match="kv"):
+        _ = state.kv
+
+
 def test_lru_is_its_equation_and_starts_in_a_ring() -> None:
     mixer, x = _mixer(kind="lru", d_state=10, r_min=0.4, r_max=0.8, max_phase=1.0, **PLAIN), _input(2, 30)
     decay = torch.exp(torch.complex(-mixer.nu_log.exp(), mixer.theta_log.exp()))

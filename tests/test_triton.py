@@ -15,6 +15,8 @@ import test_ops
 import torch
 from torch import Tensor
 
+from seqlib import explain
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed; its wheels exist for Linux: pip install triton", allow_module_level=True)
 
@@ -29,6 +31,13 @@ QUICK = {
         "none_packed": SINGLE,
         "channel_strong": SINGLE,
     },
+    "delta_rule": {
+        **{f"{kind}_mixed_groups": SINGLE for kind in ("none", "token", "channel")},
+        "token_odd_33": BRAIN,
+        "none_packed": HALF,
+        "channel_strong": SINGLE,
+    },
+    "norm": {"plain": BRAIN, "weightless": SINGLE, "gate_first": SINGLE, "gate_last": HALF, "grouped": SINGLE},
 }
 SPILLS, STACK = 64, 256  # bytes per thread; an allocator that gave up leaves kilobytes
 
@@ -78,21 +87,57 @@ def linear_attention(kind: str, dtype: torch.dtype, d_state: int, headdim: int) 
     return run
 
 
+def delta_rule(kind: str, dtype: torch.dtype, d_state: int, headdim: int) -> Callable[[], None]:
+    from seqlib.ops.delta_rule import triton_impl as row
+
+    def run() -> None:
+        q, k, v = (meta(1, 4096, 16, width, dtype=dtype) for width in (d_state, d_state, headdim))
+        beta = meta(1, 4096, 16)
+        g = {"token": meta(1, 4096, 16), "channel": meta(1, 4096, 16, d_state)}.get(kind)
+        ids = meta(1, 4096, dtype=torch.int64) if kind == "token" else None
+        _, state, kept = row.forward(q, k, v, beta, g, None, ids, 1.0)
+        row.gradients(v, state, q, k, v, beta, g, ids, kept, 1.0, g is not None)
+
+    return run
+
+
+def norm(order: str, dtype: torch.dtype, group_size: int, groups: int) -> Callable[[], None]:
+    from seqlib.ops.norm import triton_impl as row
+
+    def run() -> None:
+        x, weight = meta(2, 2048, groups * group_size, dtype=dtype), meta(groups * group_size)
+        gate, last = None if order == "plain" else x, order == "last"
+        y, scales = row.forward(x, weight, gate, last, group_size, 1e-5)
+        row.gradients(y, x, weight, gate, scales, last, group_size, True)
+
+    return run
+
+
 # What is launched at sizes of published models; quick ones first.
 COMPILED: dict[str, tuple[Callable[[], None], bool]] = {
-    f"linear_attention-{kind}-{short(dtype)}-{n}x{p}": (linear_attention(kind, dtype, n, p), quick)
-    for kind, dtype, n, p, quick in (
-        ("token", BRAIN, 128, 64, True),
-        ("head", BRAIN, 128, 128, False),
-        ("channel", BRAIN, 64, 64, True),
-        ("token", SINGLE, 64, 64, True),
-        ("none", BRAIN, 64, 64, False),
-        ("head", BRAIN, 256, 128, False),
-        ("token", BRAIN, 256, 256, False),
-        ("channel", BRAIN, 128, 128, False),
-        ("channel", SINGLE, 128, 128, False),
-        ("token", HALF, 128, 64, False),
-        ("token", SINGLE, 256, 256, False),
+    f"{op.__name__}-{kind}-{short(dtype)}-{n}x{p}": (op(kind, dtype, n, p), quick)
+    for op, kind, dtype, n, p, quick in (
+        (linear_attention, "token", BRAIN, 128, 64, True),
+        (linear_attention, "head", BRAIN, 128, 128, False),
+        (linear_attention, "channel", BRAIN, 64, 64, True),
+        (linear_attention, "token", SINGLE, 64, 64, True),
+        (linear_attention, "none", BRAIN, 64, 64, False),
+        (linear_attention, "head", BRAIN, 256, 128, False),
+        (linear_attention, "token", BRAIN, 256, 256, False),
+        (linear_attention, "channel", BRAIN, 128, 128, False),
+        (linear_attention, "channel", SINGLE, 128, 128, False),
+        (linear_attention, "token", HALF, 128, 64, False),
+        (linear_attention, "token", SINGLE, 256, 256, False),
+        (delta_rule, "token", BRAIN, 128, 128, True),
+        (delta_rule, "none", BRAIN, 64, 64, False),
+        (delta_rule, "channel", BRAIN, 128, 128, False),
+        (delta_rule, "token", BRAIN, 256, 256, False),
+        (delta_rule, "token", SINGLE, 128, 128, False),
+        (delta_rule, "channel", SINGLE, 64, 64, False),
+        (delta_rule, "token", HALF, 128, 128, False),
+        (norm, "first", BRAIN, 5120, 1, True),
+        (norm, "last", BRAIN, 128, 16, True),
+        (norm, "first", SINGLE, 8192, 1, False),
     )
 }
 
@@ -107,3 +152,98 @@ def test_compiles_within_limits(name: str, arch: int) -> None:
     assert built
     for b in built:
         assert b.shared <= compiled.SHARED[arch] and b.spilled <= SPILLS and b.stack <= STACK, b
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
+    """The library's Triton helpers with an empty table, kept in a folder of the test."""
+    from seqlib.ops import triton_common as common
+
+    monkeypatch.setattr(common, "SHIPPED", tmp_path / "none.json")
+    monkeypatch.setenv("SEQLIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(common, "_live", {})
+    common._table.cache_clear()
+    yield common
+    common._table.cache_clear()
+
+
+def judge(common: Any, *plans: tuple[float, ...]) -> tuple[Any, int]:
+    """The verdict on plans that are off by their first number, and how many trials it took."""
+    trials = 0
+
+    def row(x: Tensor) -> Tensor:
+        return x * (1 + common.chosen("op", plans)[0])
+
+    def trial() -> str:
+        nonlocal trials
+        trials += 1
+        return common.trial(row, lambda x: x * 1, {"x": torch.linspace(-1, 1, 50)})
+
+    return common.admit("op", plans, trial), trials
+
+
+def test_a_wrong_configuration_is_never_used(table: Any) -> None:
+    """The first candidate that agrees with the truth is admitted and remembered, also by later processes."""
+    verdict, trials = judge(table, (0.1, 4), (1e-9, 8), (0.0, 2))
+    assert verdict.refusal is None and "1e-09 8" in verdict.note and trials == 2
+    table._table.cache_clear()
+    table._live.clear()
+    assert judge(table, (0.1, 4), (1e-9, 8), (0.0, 2))[1] == 0
+    assert table.chosen("op", [(0.1, 4), (1e-9, 8)]) == (1e-9, 8)
+
+
+def test_a_row_without_a_right_configuration_is_refused_with_its_errors(table: Any) -> None:
+    verdict, trials = judge(table, (0.1, 4), (float("nan"), 8))
+    assert trials == 2 and "output 0 is off by 1.0e-01" in verdict.refusal and "nan" in verdict.refusal
+
+
+def test_results_that_move_are_a_fault(table: Any) -> None:
+    moves = iter(range(9))
+    fault = table.trial(lambda x: x + 1e-7 * next(moves), lambda x: x * 1, {"x": torch.ones(3)})
+    assert fault == "output 0 differs from run to run"
+
+
+@pytest.mark.parametrize("op", QUICK)
+def test_explain_says_why_the_row_is_passed_over(op: str) -> None:
+    case = next(c for c in test_ops.CASES[op] if not c.bench)
+    lines = explain(op, **case.inputs(torch.float32)).splitlines()
+    assert any(line.split()[0] == "triton" and "device is cpu; it runs on cuda" in line for line in lines)
+
+
+def gpu_cases() -> Iterator[Any]:
+    for op in QUICK:
+        for case in test_ops.CASES[op]:
+            for dtype in (SINGLE, BRAIN, HALF):
+                if not case.bench:
+                    yield pytest.param(op, case, dtype, id=f"{op}-{case.name}-{short(dtype)}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("op", "case", "dtype"), list(gpu_cases()))
+def test_row_equals_reference_on_the_device(op: str, case: Any, dtype: torch.dtype) -> None:
+    """The same grid, in poisoned memory, and bit for bit the same from run to run."""
+    inputs = case.inputs(dtype, "cuda", requires_grad=True)
+    impl = next(i for i in test_ops.OPS[op].impls if i.name == "triton")
+    reason = impl.limits and impl.limits(test_ops.OPS[op].facts(**inputs))
+    if reason or impl.refuses & test_ops.OPS[op].facts(**inputs).features:
+        pytest.skip(f"outside this row: {reason or impl.refuses}")
+    test_ops.compare(test_ops.OPS[op], impl, inputs, dtype)
+    first, second = (test_ops._run(test_ops.OPS[op], inputs, impl.form, impl.name) for _ in range(2))
+    for a, b in zip((*first[0], *first[1].values()), (*second[0], *second[1].values())):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_offsets_beyond_two_to_the_31_elements() -> None:
+    """Rows of a batch that lie 2^31 elements and more apart are read where they are."""
+    from seqlib.ops import linear_attention as op
+
+    wide = torch.zeros(2, 1 << 21, 1088, dtype=BRAIN, device="cuda")  # 2.1e9 elements from row to row
+    q, k, v = (wide[:, -130:, 64 * i : 64 * i + 64].unflatten(2, (1, 64)) for i in range(3))
+    for t in (q, k, v):
+        t.copy_(torch.randn(t.shape, device="cuda"))
+    assert wide.stride(0) > 1 << 31
+    got, want = (op(q, k, v, backend=b)[0].float() for b in ("triton", "torch"))
+    assert float((got - want).norm() / want.norm()) < 6e-3

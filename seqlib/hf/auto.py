@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from seqlib.errors import CheckpointMismatch, ConfigError
 from seqlib.hf import convert, modeling, pair
@@ -77,7 +77,7 @@ def from_pretrained(
         setattr(config, name, value)
     wanted = _dtype(dtype, values, files)
     with torch.device("meta"):
-        model = modeling.SeqlibForCausalLM._from_config(config, dtype=wanted)
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
     parts = _fit(id_or_dir, family, values, model, files)
     wide = sorted({_starred(n) for p in parts for n in p.theirs if files.dtype(n) == torch.float32 != wanted})
     config.origin = {"layout": family.name, "config": values, "match": match, "float32": wide}
@@ -138,7 +138,8 @@ _FREE = ("use_cache", "max_position_embeddings", "pad_token_id", "bos_token_id",
 def _class_of(values: Mapping[str, Any]) -> Any:
     """The class that a checkpoint of ours was saved as."""
     name = (values.get("architectures") or ["SeqlibForCausalLM"])[0]
-    return getattr(modeling, name, None) or getattr(pair, name, None) or AutoModel
+    module = next((m for m in (modeling, pair) if name in m.__all__), None)
+    return AutoModel if module is None else getattr(module, name)
 
 
 def _dtype(dtype: torch.dtype | str | None, values: Mapping[str, Any], files: WeightFiles) -> torch.dtype:
@@ -181,8 +182,9 @@ def _their_config(family: Family, config: SeqlibConfig) -> tuple[dict[str, Any],
                 f"{origin.get('layout') or 'a model of our own'}"
             )
         values = family.write(config)
-    again = _network(SeqlibConfig(**family.config(values, origin.get("match", "authors"))))
-    differ = sorted(name for name, value in _network(config).items() if again.get(name) != value)
+    read = SeqlibConfig(**family.config(values, origin.get("match", "authors")))
+    ours, theirs = _network(config), _network(read)
+    differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if differ:
         raise CheckpointMismatch(f"layout {family.name!r} cannot express this model's {', '.join(differ)}")
     return dict(values), origin.get("float32", [])
@@ -201,7 +203,11 @@ def _network(config: SeqlibConfig) -> dict[str, Any]:
     for i, name in enumerate(backbone.layer_pattern):
         mixer = backbone.mixers[name].to_dict()
         found |= {f"layer {i}: {k}": v for k, v in mixer.items() if k not in _START}
-        found |= {f"layer {i}: block {k}": v for k, v in backbone.block(i).to_dict().items()}
+        block = backbone.block(i)
+        found |= {f"layer {i}: block {k}": v for k, v in block.to_dict().items()}
+        if block.mlp is not None:
+            width = {"d_mlp": block.mlp.width(config.d_model), "multiple_of": 1}
+            found[f"layer {i}: block mlp"] = block.mlp.to_dict() | width
     return found
 
 

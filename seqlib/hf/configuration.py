@@ -36,7 +36,7 @@ class SeqlibConfig(PretrainedConfig):
         mixer: one mixer for every layer, a kind or a dict, instead of mixers and layer_pattern.
         mlp: fields of the MLP after every mixer (of experts, if they name `nexperts`), None for none.
         blocks: fields of `BlockConfig` by layer name, where layers differ from a plain block with `mlp`.
-        shared: fields of `SharedConfig`, for layers whose block says so.
+        aside: fields of `AsideConfig`, for layers whose block says so.
         norm_eps: epsilon of the RMSNorms.
         norm_offset: what RMSNorms add to their weight.
         residual_in_fp32: keep the residual stream in float32 whatever the dtype of the weights.
@@ -74,7 +74,7 @@ class SeqlibConfig(PretrainedConfig):
     mixer: Any = None
     mlp: Any = None
     blocks: dict[str, Any] | None = None
-    shared: Any = None
+    aside: Any = None
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
     residual_in_fp32: bool = True
@@ -125,10 +125,10 @@ class SeqlibConfig(PretrainedConfig):
             raise ConfigError(f"mixers {', '.join(self.mixers)} need a layer_pattern that says which layer has which")
         self.blocks = self.blocks or {}
         full = self.backbone.to_dict()
-        self.blocks, self.shared = full["blocks"], full["shared"]
+        self.blocks, self.aside = full["blocks"], full["aside"]
         self.mixer, self.mixers, self.layer_pattern, self.mlp = None, full["mixers"], full["layer_pattern"], full["mlp"]
         types = {name: _layer_type(config) for name, config in self.backbone.mixers.items()}
-        types |= {name: "full_attention" for name, block in self.backbone.blocks.items() if block.shared}
+        types |= {name: "full_attention" for name, block in self.backbone.blocks.items() if block.aside}
         self.layer_types = [types[name] for name in self.layer_pattern]
 
     @property

@@ -14,13 +14,13 @@ from seqlib.ops.ssm_kernel import (
     dense_final_state,
     dense_state_outputs,
     dplr_dense,
-    final_state,
     state_outputs,
 )
+from seqlib.ops.ssm_kernel import final_state as diagonal_final_state
 from seqlib.ops.ssm_kernel.dense import DenseSSM
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["Diagonal", "LowRank", "Recurrence", "add_carried", "continue_span"]
+__all__ = ["Diagonal", "LowRank", "Recurrence", "add_carried", "final_state"]
 
 
 class Recurrence(Protocol):
@@ -50,7 +50,7 @@ class Diagonal:
         return state_outputs(self.log_decay, self.C, state, length, pairs=self.pairs)
 
     def final(self, x: Tensor) -> Tensor:
-        return final_state(self.log_decay, self.B_bar, x)
+        return diagonal_final_state(self.log_decay, self.B_bar, x)
 
     def advance(self, state: Tensor, steps: Tensor) -> Tensor:
         return torch.exp(self.log_decay * steps[:, None, None]).to(state.dtype) * state
@@ -108,27 +108,16 @@ def _halves(state: Tensor) -> Tensor:
     return torch.cat([state.real, state.imag], -1)
 
 
-def continue_span(
-    system: Recurrence, x: Tensor, y: Tensor, state: Tensor | None, seq: SequenceInfo | None
-) -> tuple[Tensor, Tensor]:
-    """Add to y, the convolution of x from a zero state, what `state` contributes, and find the state after x.
+def final_state(system: Recurrence, x: Tensor, state: Tensor | None, seq: SequenceInfo | None) -> Tensor:
+    """The state (batch, ...) after the last real token of each row of x (batch, seqlen, d), from `state`; None is zero.
 
     A document start forgets the state and padding is as if absent, as `SequenceInfo` has it.
-
-    Args:
-        x, y: (batch, seqlen, d).
-        state: (batch, ...) before the span; None is zero.
-
-    Returns:
-        y in its dtype, and the state (batch, ...) after the last real token of each row.
     """
     batch, seqlen = x.shape[:2]
     if seq is None or seq.shape is None:
         final = system.final(x)
-        if state is None:
-            return y, final
         steps = torch.full((batch,), seqlen, device=x.device)
-        return add_carried(y, system.outputs(state, seqlen), None), final + system.advance(state, steps)
+        return final if state is None else final + system.advance(state, steps)
     real = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device)
     if seq.padding_mask is not None:
         real = seq.padding_mask
@@ -139,10 +128,9 @@ def continue_span(
     u = x.gather(1, order[..., None].expand_as(x)).masked_fill(~last.gather(1, order)[..., None], 0)
     final = system.final(u)
     if state is None:
-        return y, final
-    y = add_carried(y, system.outputs(state, seqlen), seq)
+        return final
     forgotten = (document[:, -1] > 0).view(-1, *[1] * (state.dim() - 1))
-    return y, final + system.advance(state, last.sum(1)).masked_fill(forgotten, 0)
+    return final + system.advance(state, last.sum(1)).masked_fill(forgotten, 0)
 
 
 def add_carried(y: Tensor, added: Tensor, seq: SequenceInfo | None) -> Tensor:

@@ -106,6 +106,8 @@ class Attention(Mixer[AttentionConfig]):
     Config: ClassVar[type[MixerConfig]] = AttentionConfig
     supports: ClassVar[frozenset[str]] = frozenset({"packed", "padded", "initial_state", "bidirectional"})
     layer_type: ClassVar[str] = "full_attention"
+    relu: bool = False
+    """Whether scores are rectified in place of the softmax; set by subclasses."""
 
     def __init__(self, config: AttentionConfig, d_model: int, **place: Any) -> None:
         super().__init__(config, d_model, **place)
@@ -165,8 +167,8 @@ class Attention(Mixer[AttentionConfig]):
         q, k, v = self._heads(qkv, x, state, seq)
         c = self.config
         y, state = attention(
-            q, k, v, self._log_decay(x), window=c.window, causal=c.causal, scale=c.scale, state=state, seq=seq,
-            backend=self.backend("attention"),
+            q, k, v, self._log_decay(x), window=c.window, causal=c.causal, scale=c.scale, relu=self.relu,
+            state=state, seq=seq, backend=self.backend("attention"),
         )  # fmt: skip
         return self._out(y, x), state
 
@@ -178,7 +180,7 @@ class Attention(Mixer[AttentionConfig]):
             state = state.reserve(max(16, 2 * state.capacity))
         q, k, v = (t.squeeze(1) for t in self._heads(qkv, x[:, None], state, None))
         c = self.config
-        y = attention_step(q, k, v, state, self._log_decay(x), window=c.window, scale=c.scale)
+        y = attention_step(q, k, v, state, self._log_decay(x), window=c.window, scale=c.scale, relu=self.relu)
         return self._out(y, x), state
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:

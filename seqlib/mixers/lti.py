@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
-from seqlib.layers.lti import Diagonal, Recurrence, continue_span
+from seqlib.layers.lti import Diagonal, Recurrence, add_carried, final_state
 from seqlib.layers.readout import Readout
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_complex, wide_dtype
 from seqlib.ops import long_conv
@@ -78,6 +78,21 @@ class SSMState(State):
     """ssm: (batch, d_model, states), float32 or complex64."""
 
     ssm: Tensor
+
+    @classmethod
+    def later(cls, make: Callable[[], Tensor]) -> SSMState:
+        """A state that is made when somebody looks at it: a training step does not, and would pay a third for it."""
+        state = cls.__new__(cls)
+        vars(state)["make"] = make
+        return state
+
+    def __getattr__(self, name: str) -> Tensor:
+        make = vars(self).pop("make", None) if name == "ssm" else None
+        if make is None:
+            raise AttributeError(name)
+        with torch.enable_grad():
+            self.ssm = make()
+        return self.ssm
 
 
 @dataclass
@@ -157,8 +172,12 @@ class TimeInvariant(Mixer[C]):
         )  # fmt: skip
         if self.config.bidirectional:
             return self.readout(y), NoState()
-        y, ssm = continue_span(self.system(), x, y, None if state is None else state.ssm, seq)
-        return self.readout(y), SSMState(ssm)
+        system, before = self.system(), None if state is None else state.ssm
+        if before is not None:
+            y = add_carried(y, system.outputs(before, x.shape[1]), seq)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self.readout(y), SSMState.later(lambda: final_state(system, x, before, seq))
+        return self.readout(y), SSMState(final_state(system, x, before, seq))
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
         decay, B_bar, C = self._kept("step", self.rate, self.sources(), self._recurrence)

@@ -14,7 +14,7 @@ from seqlib.layers.chunk_attention import SCORES, chunk_attention, chunk_attenti
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
 from seqlib.layers.linear import Linear
-from seqlib.layers.lti import Diagonal, continue_span
+from seqlib.layers.lti import Diagonal, add_carried, final_state
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.mixers.lti import NoState, refuse_state
 from seqlib.ops import long_conv, ssm_kernel_diag
@@ -102,8 +102,10 @@ class EMA(nn.Module):
             y, _ = long_conv(x, kernel[0], D=D, reverse_kernel=kernel[1, :, 1:], seq=seq, backend=backend)
             return F.silu(y), None
         y, _ = long_conv(x, kernel[0], D=self.omega, seq=seq, backend=backend)
-        y, state = continue_span(self._keep("system", None, self._system), x, y, state, seq)
-        return F.silu(y), state
+        system = self._keep("system", None, self._system)
+        if state is not None:
+            y = add_carried(y, system.outputs(state, x.shape[1]), seq)
+        return F.silu(y), final_state(system, x, state, seq)
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         """One position (batch, d_model); `state` is updated in place."""

@@ -13,9 +13,9 @@ from seqlib.errors import UnsupportedInput
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
 from seqlib.mixers.compose import share
+from seqlib.models.aside import Aside, AsideState
 from seqlib.models.block import Block
 from seqlib.models.config import BackboneConfig
-from seqlib.models.shared import SharedState, SharedTransformer
 from seqlib.sequence import SequenceInfo, State, StateList
 
 __all__ = ["Backbone", "param_groups"]
@@ -36,12 +36,12 @@ class Backbone(nn.Module):
         share((name, layer.mixer) for name, layer in zip(config.layer_pattern, self.layers))
         shape = (config.d_model, config.norm_eps, config.norm_offset)
         self.norm = RMSNorm(*shape)
-        self.shared: nn.ModuleList | None = None
+        self.asides: nn.ModuleList | None = None
         self._users: dict[int, int] = {}
-        if config.shared is not None:
-            self.shared = nn.ModuleList(SharedTransformer(config.shared, *shape) for _ in range(config.shared.copies))
-            users = [i for i in range(config.n_layer) if config.block(i).shared]
-            self._users = {layer: n % config.shared.copies for n, layer in enumerate(users)}
+        if config.aside is not None:
+            self.asides = nn.ModuleList(Aside(config.aside, *shape) for _ in range(config.aside.copies))
+            users = [i for i in range(config.n_layer) if config.block(i).aside]
+            self._users = {layer: n % config.aside.copies for n, layer in enumerate(users)}
         # The names that transformers' gradient_checkpointing_enable() looks for and sets.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = _checkpoint
@@ -83,12 +83,12 @@ class Backbone(nn.Module):
         return self.norm(x), state
 
     def _aside(self, layer: int, first: Tensor) -> tuple[Any, ...]:
-        """What a layer that uses a shared block needs besides."""
-        shared = self._shared_block(layer)
-        return () if shared is None else (first, shared)
+        """What a layer that uses an `Aside` needs besides."""
+        block = self._block_aside(layer)
+        return () if block is None else (first, block)
 
-    def _shared_block(self, layer: int) -> SharedTransformer | None:
-        return None if self.shared is None or layer not in self._users else self.shared[self._users[layer]]  # type: ignore[return-value]
+    def _block_aside(self, layer: int) -> Aside | None:
+        return None if self.asides is None or layer not in self._users else self.asides[self._users[layer]]  # type: ignore[return-value]
 
     def initial_state(
         self,
@@ -102,9 +102,9 @@ class Backbone(nn.Module):
         states: list[State] = []
         for i, layer in enumerate(self._first(depth)):
             state = layer.mixer.initial_state(batch, max_seqlen, device, dtype)
-            shared = self._shared_block(i)
-            if shared is not None:
-                state = SharedState(shared.attention.initial_state(batch, max_seqlen, device, dtype), state)
+            block = self._block_aside(i)
+            if block is not None:
+                state = AsideState(block.attention.initial_state(batch, max_seqlen, device, dtype), state)
             states.append(state)
         return StateList(states)
 
@@ -121,7 +121,7 @@ class Backbone(nn.Module):
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
         """Size of the whole state after `seqlen` positions."""
-        blocks = [self._shared_block(i) for i in range(len(self.layers))]
+        blocks = [self._block_aside(i) for i in range(len(self.layers))]
         mixers = [layer.mixer for layer in self.layers] + [b.attention for b in blocks if b is not None]
         return sum(mixer.state_bytes(batch, seqlen) for mixer in mixers)
 

@@ -177,12 +177,11 @@ def rows(
     *,
     order: Tensor | None = None,
     shares: Sequence[int] | None = None,
-    tail: tuple[int, ...] | None = None,
 ) -> dict[str, str | Part]:
     """One entry of `layer` in which rows are joined, divided or reordered."""
     mine = (ours,) if isinstance(ours, str) else tuple(ours)
     them = (theirs,) if isinstance(theirs, str) else tuple(theirs)
-    return {mine[0]: Part(mine, them, order, None if shares is None else tuple(shares), tail)}
+    return {mine[0]: Part(mine, them, order, None if shares is None else tuple(shares))}
 
 
 def expect(family: str, values: Values, **wanted: Any) -> None:

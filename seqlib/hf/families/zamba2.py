@@ -71,8 +71,8 @@ def _config(v: Values, match: str) -> dict[str, Any]:
         "n_layer": len(pattern),
         "layer_pattern": pattern,
         "mixers": dict.fromkeys(names, ssm),
-        "blocks": {"h": {"shared": True}} if "h" in names else {},
-        "shared": shared if "h" in names else None,
+        "blocks": {"h": {"aside": True}} if "h" in names else {},
+        "aside": shared if "h" in names else None,
     }
 
 
@@ -91,7 +91,7 @@ def _parts(v: Values, config: SeqlibConfig) -> Iterator[Part]:
         # A block and all that its users add to it are stored with its first user.
         home = f"model.layers.{hybrids[n % copies]}.shared_transformer."
         if n < copies:
-            yield from within(f"model.backbone.shared.{n}.", home, block).values()  # type: ignore[misc]
+            yield from within(f"model.backbone.asides.{n}.", home, block).values()  # type: ignore[misc]
         use: dict[str, str | Part] = {}
         lists = {"mlp": "feed_forward.gate_up_proj_adapter_list"}
         lists |= {f"qkv.{j}": f"self_attn.linear_{kind}_adapter_list" for j, kind in enumerate("qkv")}

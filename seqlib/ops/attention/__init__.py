@@ -35,6 +35,16 @@ IMPLS = (
         limits=_nothing_to_cut,
         refuses=frozenset({"bidirectional"}),
     ),
+    Impl(
+        "vendor",
+        "parallel",
+        f"{_HERE}.vendor_impl:attention",
+        devices=("cuda",),
+        dtypes=(torch.bfloat16, torch.float16),
+        needs=("flash_attn",),
+        refuses=frozenset({"initial_state", "headdim of v"}),
+        by_name_only=True,
+    ),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:attention_parallel"),
     Impl("reference", "reference", f"{_HERE}.reference:attention"),
 )
@@ -55,6 +65,7 @@ def facts(
     tensors = [q, k, v, *([] if log_decay is None else [log_decay]), *(state.tensors() if state is not None else ())]
     used = {
         "bidirectional": not causal,
+        "headdim of v": v.shape[-1] != q.shape[-1],
         "log_decay": log_decay is not None,
         "initial_state": state is not None,
         "packed": seq is not None and seq.starts is not None,
@@ -82,6 +93,7 @@ def attention(
     window: int | None = None,
     causal: bool = True,
     scale: float | None = None,
+    relu: bool = False,
     state: KVState | None = None,
     seq: SequenceInfo | None = None,
     form: str = "auto",
@@ -104,6 +116,7 @@ def attention(
         window: at least 1, the current token included; None for no bound.
         causal: False lets tokens see those after them; only without a state.
         scale: None is 1/sqrt(headdim).
+        relu: weigh by relu(scale * q_i . k_j), without a sum to divide by, in place of the softmax; no log_decay.
         state: what came before; None is nothing. Of capacity = window when windowed, of any capacity otherwise.
         seq: documents and padding.
         form: "chunked" cuts windowed attention into blocks; "parallel" and "reference" take everything.
@@ -131,6 +144,8 @@ def attention(
     _check_tensors(q, k, v)
     if log_decay is not None:
         _check_decay(q, log_decay, causal)
+        if relu:
+            raise UnsupportedInput("log_decay lowers the logarithms of weights, and relu=True has none; use only one")
     if state is not None:
         _check_state(k, v, state, window)
         _check_held(q, log_decay, state)
@@ -140,7 +155,7 @@ def attention(
             raise UnsupportedInput("attention runs on one process; gather keys and values over seq.group first")
     run = OP.choose(facts(q, k, v, log_decay, window=window, causal=causal, state=state, seq=seq), form, backend)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return run(q, k, v, log_decay, window=window, causal=causal, scale=scale, state=state, seq=seq)
+    return run(q, k, v, log_decay, window=window, causal=causal, scale=scale, relu=relu, state=state, seq=seq)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

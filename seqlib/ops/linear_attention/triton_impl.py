@@ -2,13 +2,11 @@
 
 Forward: one program per head, tile of headdim and span of chunks carries the state in registers; states are not written
 to memory. Backward: states and their gradients are written for each chunk, then all chunks at once give the gradients.
-Sequences are worked on in blocks, so that those states take bounded memory.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +20,11 @@ from seqlib.ops.linear_attention.bidirectional import bidirectional
 from seqlib.ops.linear_attention.cases import case
 from seqlib.ops.linear_attention.summary import documents, mask_padding
 from seqlib.ops.linear_attention.torch_impl import chunked
+from seqlib.ops.triton_call import Call, contiguous_rows, cut, float_state, like_decay, sum_groups
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["gate", "linear_attention"]
 
-BLOCK_BYTES = 1 << 30  # states of chunks that exist at one time in the backward pass, each of the two kinds
 PROGRAMS = 264  # enough to fill the device: two for each of the 132 processors of an H100
 MOST_SPANS = 32
 
@@ -112,8 +110,8 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state, and the states that blocks start from."""
-    call = _Call(q, k, v, log_decay, ids, scale)
-    state = _float(initial_state)
+    call = _Call(q, k, v, (log_decay,), ids, scale)
+    state = float_state(initial_state)
     y, entries = torch.empty(v.shape, dtype=v.dtype, device=v.device), []
     for begin, end in call.blocks():
         part = call.part(begin, end)
@@ -136,23 +134,19 @@ def gradients(
     scale: float,
     needs_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, log_decay, ids, scale)
+    call = _Call(q, k, v, (log_decay,), ids, scale)
     spans = list(call.blocks())
     kept = list(checkpoints) if checkpoints.numel() else []
     entries = [*[None] * (len(spans) - len(kept)), *kept]  # without an initial state the first block has none
-    dq, dk, dv, dg = call.gradients(needs_decay)
-    dstate, dy = _float(dfinal), _rows(dy)
+    dq, dk, dv = call.gradient_of(call.q), call.gradient_of(call.k), call.tokens(call.headdim, v.dtype)
+    tiles = call.d_state if call.kind == "channel" else triton.cdiv(call.d_state, call.plan.grad_qk[0])
+    dg = call.tokens(tiles) if needs_decay else None
+    dstate, dy = float_state(dfinal), contiguous_rows(dy)
     for (begin, end), entry in zip(reversed(spans), reversed(entries)):
         part = call.part(begin, end)
-        dstate = part.backward(dy[:, begin:end], entry, dstate, *(_cut(t, begin, end) for t in (dq, dk, dv, dg)))
+        dstate = part.backward(dy[:, begin:end], entry, dstate, *(cut(t, begin, end) for t in (dq, dk, dv, dg)))
     assert dstate is not None
-    return (
-        _sum_groups(dq, q),
-        _sum_groups(dk, k),
-        dv,
-        _like_decay(dg, log_decay) if dg is not None and log_decay is not None else dv.new_empty(0),
-        dstate,
-    )
+    return sum_groups(dq, q), sum_groups(dk, k), dv, like_decay(dg, log_decay, dstate), dstate
 
 
 _forward = torch.library.custom_op("seqlib_triton::linear_attention", forward, mutates_args=())
@@ -169,7 +163,7 @@ def _(
     ids: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, log_decay, ids, scale)
+    call = _Call(q, k, v, (log_decay,), ids, scale)
     state = v.new_empty(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
     count = -(-v.shape[1] // call.block()) - (initial_state is None)
     return torch.empty(v.shape, dtype=v.dtype, device=v.device), state, state.new_empty(count, *state.shape)
@@ -214,59 +208,13 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: Any) -> tup
 torch.library.register_autograd("seqlib_triton::linear_attention", _backward, setup_context=_save)
 
 
-class _Call:
-    """The tensors of one call or of a block of it, and the launches over them."""
+class _Call(Call):
+    """Launches of linear attention."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        ids: Tensor | None,
-        scale: float,
-        before: Tensor | None = None,
-    ) -> None:
-        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
-        kinds = {1: "head", 3: "token", 4: "channel"}
-        self.kind = "none" if g is None else kinds[g.dim()]
-        self.g = _rows(g) if g is not None and self.kind == "channel" else g
-        if ids is not None and before is None:
-            ids = ids.int()
-            before = torch.nn.functional.pad(ids[:, :-1], (1, 0))
-        self.ids, self.before, self.scale = ids, before, scale
-        self.batch, self.seqlen, self.nheads, self.headdim = v.shape
-        self.d_state = k.shape[3]
-        self.products = common.products(v.dtype)
-        about = (self.kind, v.dtype, self.d_state, self.headdim, common.capability(v.device))
-        self.plan: Plan = common.chosen(_name(*about), plans(*about))
-        self.nchunks = triton.cdiv(self.seqlen, self.plan.chunk)
+    plan: Plan
 
-    def block(self) -> int:
-        """Tokens that are worked on at a time."""
-        per_chunk = self.batch * self.nheads * self.d_state * self.headdim * self.products.stored.itemsize
-        return self.plan.chunk * max(1, BLOCK_BYTES // per_chunk)
-
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        length = self.block()
-        for begin in range(0, self.seqlen, length):
-            yield begin, min(begin + length, self.seqlen)
-
-    def part(self, begin: int, end: int) -> _Call:
-        g = self.g if self.g is None or self.g.dim() == 1 else self.g[:, begin:end]
-        ids, before = _cut(self.ids, begin, end), _cut(self.before, begin, end)
-        q, k, v = (t[:, begin:end] for t in (self.q, self.k, self.v))
-        return _Call(q, k, v, g, ids, self.scale, before)
-
-    def gradients(self, needs_decay: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Room for the gradients, of q and k for every value head."""
-
-        def room(width: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(self.batch, self.seqlen, self.nheads, width, dtype=dtype, device=self.v.device)
-
-        dq, dk = (room(self.d_state, t.dtype if t.shape[2] == self.nheads else torch.float32) for t in (self.q, self.k))
-        tiles = self.d_state if self.kind == "channel" else triton.cdiv(self.d_state, self.plan.grad_qk[0])
-        return dq, dk, room(self.headdim, self.v.dtype), room(tiles, torch.float32) if needs_decay else None
+    def find_plan(self, about: tuple[Any, ...]) -> None:
+        self.plan = common.chosen(_name(*about), plans(*about))
 
     def forward(self, y: Tensor, carry: Tensor | None) -> Tensor:
         """Write y and return the state after the last token."""
@@ -277,14 +225,23 @@ class _Call:
         tiles = triton.cdiv(self.headdim, self.plan.outputs[1])
         per_span, nspans = self._spans(tiles)
         summary = self._summary(self.k, self.v, per_span, nspans, reverse=False)
-        final = self._state(torch.float32)
+        final = self.states()
         common.launch(
             kernels.outputs,
             (self.batch * self.nheads * nspans, tiles),
             *(self.q, self.k, self.v, self.g, self.ids, self.before, carry, *summary, y, final),
-            *(*common.leading(self.q, self.k, self.v), *self._gate_strides()),
-            *(y.stride(0) // y.stride(1), self.seqlen, self.nheads, *self._groups(), per_span, nspans, self.scale),
-            **self._constants(*self.plan.outputs, fine=True),
+            *(*common.leading(self.q, self.k, self.v), *self.gate_strides()),
+            *(
+                y.stride(0) // y.stride(1),
+                self.seqlen,
+                self.nheads,
+                self.shared(self.q),
+                self.shared(self.k),
+                per_span,
+                nspans,
+                self.scale,
+            ),
+            **self.constants(*self.plan.outputs),
         )
         return final
 
@@ -305,9 +262,16 @@ class _Call:
             kernels.grad_qk,
             (self.batch * self.nheads * self.nchunks, triton.cdiv(self.d_state, self.plan.grad_qk[0])),
             *(self.q, self.k, self.v, dy, self.g, self.ids, self.before, entries, exits, dq, dk, dg),
-            *(*common.leading(self.q, self.k, self.v, dy), *self._gate_strides()),
-            *(dv.stride(0) // dv.stride(1), self.seqlen, self.nheads, *self._groups(), self.scale),
-            **self._constants(*self.plan.grad_qk, fine=True),
+            *(*common.leading(self.q, self.k, self.v, dy), *self.gate_strides()),
+            *(
+                dv.stride(0) // dv.stride(1),
+                self.seqlen,
+                self.nheads,
+                self.shared(self.q),
+                self.shared(self.k),
+                self.scale,
+            ),
+            **self.constants(*self.plan.grad_qk),
         )
         self._mix(self.k, self.q, dy, exits, dv, turned=True)
         return dinitial
@@ -317,9 +281,9 @@ class _Call:
             kernels.mix,
             (self.batch * self.nheads * self.nchunks, triton.cdiv(self.headdim, self.plan.mix[1])),
             *(x, z, u, self.g, self.ids, self.before, states, out),
-            *(*common.leading(x, z, u), *self._gate_strides(), out.stride(0) // out.stride(1), self.seqlen),
-            *(self.nheads, self.nheads // x.shape[2], self.nheads // z.shape[2], self.scale),
-            **self._constants(*self.plan.mix, fine=True),
+            *(*common.leading(x, z, u), *self.gate_strides(), out.stride(0) // out.stride(1), self.seqlen),
+            *(self.nheads, self.shared(x), self.shared(z), self.scale),
+            **self.constants(*self.plan.mix),
             TURNED=turned,
         )
 
@@ -327,8 +291,8 @@ class _Call:
         """The state that each chunk starts from, and the last."""
         per_span, nspans = self._spans(self._walk_tiles())
         summary = self._summary(x, w, per_span, nspans, reverse=reverse)
-        entries = self._state(self.products.stored, self.nchunks)
-        final = self._state(torch.float32)
+        entries = self.states(self.products.stored, self.nchunks)
+        final = self.states()
         self._states(x, w, (carry, *summary, entries, final), per_span, nspans, reverse=reverse, summary=False)
         return entries, final
 
@@ -337,7 +301,7 @@ class _Call:
     ) -> tuple[Tensor | None, Tensor | None]:
         if nspans == 1:
             return None, None
-        spans = self._state(torch.float32, nspans)
+        spans = self.states(torch.float32, nspans)
         decays = spans.new_empty(self.batch * self.nheads, nspans, self.d_state)
         self._states(x, w, (None, spans, decays, None, None), per_span, nspans, reverse=reverse, summary=True)
         return spans, decays
@@ -353,12 +317,12 @@ class _Call:
         reverse: bool,
         summary: bool,
     ) -> None:
-        constants = self._constants(*self.plan.states, fine=False)
+        constants = self.constants(*self.plan.states, fine=False)
         common.launch(
             kernels.states,
             (self.batch * self.nheads * nspans, self._walk_tiles()),
-            *(x, w, self.g, self.ids, self.before, *room, *common.leading(x, w), *self._gate_strides()),
-            *(self.seqlen, self.nheads, self.nheads // x.shape[2], per_span, nspans, self.scale),
+            *(x, w, self.g, self.ids, self.before, *room, *common.leading(x, w), *self.gate_strides()),
+            *(self.seqlen, self.nheads, self.shared(x), per_span, nspans, self.scale),
             **constants,
             REVERSE=reverse,
             SUMMARY=summary,
@@ -373,59 +337,3 @@ class _Call:
         wanted = max(1, min(wanted, MOST_SPANS, self.nchunks // 2))
         per_span = triton.cdiv(self.nchunks, wanted)
         return per_span, triton.cdiv(self.nchunks, per_span)
-
-    def _groups(self) -> tuple[int, int]:
-        return self.nheads // self.q.shape[2], self.nheads // self.k.shape[2]
-
-    def _gate_strides(self) -> tuple[int, int, int, int]:
-        """Of log_decay by batch, token and head, and of the document numbers by batch."""
-        constant = (0, 0, self.g.stride(0)) if self.g is not None and self.g.dim() == 1 else None
-        return *(constant or common.leading(self.g)), self.ids.stride(0) if self.ids is not None else 0  # type: ignore[return-value]
-
-    def _state(self, dtype: torch.dtype, count: int = 1) -> Tensor:
-        shape = (self.batch, self.nheads, *([count] if count > 1 else []), self.d_state, self.headdim)
-        return torch.empty(shape, dtype=dtype, device=self.v.device)
-
-    def _constants(self, width: int, height: int, warps: int, stages: int, *, fine: bool) -> dict[str, Any]:
-        made: dict[str, Any] = {
-            "N": self.d_state,
-            "P": self.headdim,
-            "BN": width,
-            "BP": height,
-            "C": self.plan.chunk,
-            "KIND": self.kind,
-            "PACKED": self.ids is not None,
-            "DOT": self.products.dot,
-            "PRECISION": self.products.precision,
-            "num_warps": warps,
-            "num_stages": stages,
-        }
-        if fine:
-            made |= {"FINE": self.products.fine, "FINE_PRECISION": self.products.fine_precision}
-        return made
-
-
-def _float(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.float().contiguous()
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _cut(t: Tensor | None, begin: int, end: int) -> Any:
-    return None if t is None else t[:, begin:end]
-
-
-def _sum_groups(grad: Tensor, like: Tensor) -> Tensor:
-    if grad.shape[2] != like.shape[2]:
-        grad = grad.unflatten(2, (like.shape[2], -1)).sum(3)
-    return grad.to(like.dtype)
-
-
-def _like_decay(grad: Tensor, log_decay: Tensor) -> Tensor:
-    if log_decay.dim() < 4:
-        grad = grad.sum(-1)
-    if log_decay.dim() == 1:
-        grad = grad.sum((0, 1))
-    return grad.to(log_decay.dtype)

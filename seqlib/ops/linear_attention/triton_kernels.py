@@ -1,12 +1,9 @@
 """Triton kernels of linear attention: the state chunk by chunk, the outputs beside it, the gradients of each chunk.
 
 Sizes: batch b, nheads h, chunk of C tokens, d_state N in tiles of BN, headdim P in tiles of BP. A sequence is cut into
-spans of chunks so that few heads still fill the device; the summary of a span says what it does to the state.
-
-KIND is the decay: "none", "head" (constant), "token" or "channel". Exponents are in base 2 and never positive: what
-could overflow above the diagonal is clamped, not masked afterwards. DOT is the dtype of matrix operands, PRECISION how
-float32 operands are multiplied. No accumulator is transposed to feed a product: some versions of Triton get that wrong
-on Hopper, so products are formed a second time from loaded tiles instead.
+spans of chunks so that few heads still fill the device; the summary of a span says what it does to the state. No
+accumulator is transposed to feed a product: some versions of Triton get that wrong on Hopper, so products are formed a
+second time from loaded tiles instead.
 """
 
 from __future__ import annotations
@@ -14,174 +11,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from seqlib.ops.triton_chunks import (
+    channel_factors,
+    channel_gradients,
+    channel_scores,
+    decay_gradient,
+    documents,
+    dot,
+    factors,
+    load,
+    store,
+    sums,
+    weigh,
+)
+
 __all__ = ["grad_qk", "mix", "outputs", "states"]
-
-LOG2E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(-1000.0)  # exp of it is zero, and finite numbers have no inf - inf
-SPREAD = tl.constexpr(115.0)  # log2 of the factors that decays per channel may be split into
-
-
-@triton.jit
-def _load(at, i, ni, si, j, nj, sj):
-    return tl.load(at + i[:, None] * si + j[None, :] * sj, mask=(i < ni)[:, None] & (j < nj)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(at, value, i, ni, si, j, nj):
-    tl.store(at + i[:, None] * si + j[None, :], value, mask=(i < ni)[:, None] & (j < nj)[None, :])
-
-
-@triton.jit
-def _dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
-
-
-@triton.jit
-def _documents(ids, before, at, n, C: tl.constexpr, PACKED: tl.constexpr):
-    """The document of each token of a chunk, that of the state which enters it and that of the state which leaves."""
-    if PACKED:
-        return tl.load(ids + at + tl.minimum(tl.arange(0, C), n - 1)), tl.load(before + at), tl.load(ids + at + n - 1)
-    else:
-        return tl.zeros([C], tl.int32), 0, 0
-
-
-@triton.jit
-def _sums(g, at, stride, n, C: tl.constexpr, KIND: tl.constexpr):
-    """Log-decay from the start of the chunk to each token, and through the chunk. In float64, where differences of
-    large sums keep the small ones."""
-    i = tl.arange(0, C)
-    if KIND == "token":
-        x = tl.load(g + at + i * stride, mask=i < n, other=0.0).to(tl.float64)
-        x = tl.where(x < NOTHING, NOTHING, x) * LOG2E
-        return tl.cumsum(x, 0), tl.sum(x, 0)
-    elif KIND == "head":
-        x = tl.load(g + at).to(tl.float64)
-        x = tl.where(x < NOTHING, NOTHING, x) * LOG2E
-        return x * tl.minimum(i + 1, n), x * n
-    else:
-        x = tl.zeros([C], tl.float64)
-        return x, tl.sum(x, 0)
-
-
-@triton.jit
-def _factors(cs, total, here, entry, last, PACKED: tl.constexpr):
-    """How much of the entering state each token sees, how much of each token is left, what passes the chunk."""
-    reach, left, passed = (
-        tl.exp2(cs.to(tl.float32)),
-        tl.exp2((total - cs).to(tl.float32)),
-        tl.exp2(total.to(tl.float32)),
-    )
-    if PACKED:
-        reach = tl.where(here == entry, reach, 0.0)
-        left = tl.where(here == last, left, 0.0)
-        passed = tl.where(entry == last, passed, 0.0)
-    return reach, left, passed
-
-
-@triton.jit
-def _weigh(scores, cs, here, KIND: tl.constexpr, PACKED: tl.constexpr, C: tl.constexpr, TURNED: tl.constexpr):
-    """Scores with their decay, zero where the key is later or of another document. TURNED: rows are keys."""
-    i = tl.arange(0, C)
-    seen = i[None, :] >= i[:, None] if TURNED else i[:, None] >= i[None, :]
-    if PACKED:
-        seen = seen & (here[:, None] == here[None, :])
-    if KIND == "token" or KIND == "head":
-        # A difference of two sums in float64, at the price of float32.
-        high = cs.to(tl.float32)
-        low = (cs - high.to(tl.float64)).to(tl.float32)
-        away = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
-        scores *= tl.exp2(tl.minimum(-away if TURNED else away, 0.0))
-    return tl.where(seen, scores, 0.0)
-
-
-@triton.jit
-def _logs(g, t, n, st, j, N, TURNED: tl.constexpr):
-    """Log-decays per channel: [tokens, channels], TURNED the other way round."""
-    x = (_load(g, j, N, 1, t, n, st) if TURNED else _load(g, t, n, st, j, N, 1)).to(tl.float32)
-    return tl.where(x < NOTHING, NOTHING, x) * LOG2E
-
-
-@triton.jit
-def _channel_factors(g, t, n, st, j, N, here, entry, last, PACKED: tl.constexpr, TURNED: tl.constexpr):
-    """As `_factors`. What is left of a token is summed from what follows it: nothing is subtracted."""
-    axis: tl.constexpr = 1 if TURNED else 0
-    x, after = _logs(g, t, n, st, j, N, TURNED), _logs(g + st, t, n - 1, st, j, N, TURNED)
-    reach, left = tl.exp2(tl.cumsum(x, axis)), tl.exp2(tl.cumsum(after, axis, reverse=True))
-    passed = tl.exp2(tl.sum(x, axis))
-    if PACKED:
-        reach = tl.where(tl.expand_dims(here == entry, 1 - axis), reach, 0.0)
-        left = tl.where(tl.expand_dims(here == last, 1 - axis), left, 0.0)
-        passed = tl.where(entry == last, passed, 0.0)
-    return reach, left, passed
-
-
-@triton.jit
-def _from_middle(g, t, n, st, j, N, C: tl.constexpr, TURNED: tl.constexpr):
-    """Log-decay from the middle of the chunk to each token, negative before it; and the whole chunk's."""
-    axis: tl.constexpr = 1 if TURNED else 0
-    x = _logs(g, t, n, st, j, N, TURNED)
-    cs = tl.cumsum(x, axis)
-    middle = tl.sum(tl.where(tl.expand_dims(t == C // 2, 1 - axis), cs, 0.0), axis)
-    return cs - tl.expand_dims(middle, axis), tl.min(tl.min(cs, 1), 0)
-
-
-@triton.jit
-def _since(g, t, n, st, j, N, start):
-    """Decay from token `start` to each later one, summed from there."""
-    x = _logs(g, t, n, st, j, N, False)
-    return tl.exp2(tl.cumsum(tl.where((t > start)[:, None], x, 0.0), 0))
-
-
-@triton.jit
-def _channel_scores(
-    q, k, g, n, sq, sk, sg, j, N, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr
-):
-    """sum_n q_tn k_sn exp(decay from s to t) of a chunk, [queries, keys], TURNED the other way round; what stands at
-    later keys is not to be used. Weak decays split into a factor of t and one of s, strong ones are taken by pairs."""
-    t = tl.arange(0, C)
-    q_from, spread = _from_middle(g, t, n, sg, j, N, C, TURNED)
-    k_from, _ = _from_middle(g, t, n, sg, j, N, C, not TURNED)
-    scores = tl.zeros([C, C], tl.float32)
-    if spread > -SPREAD:
-        if TURNED:
-            turned_q = _load(q, j, N, 1, t, n, sq).to(tl.float32) * tl.exp2(q_from)
-            scores = _dot(_load(k, t, n, sk, j, N, 1).to(tl.float32) * tl.exp2(-k_from), turned_q, DOT, PRECISION)
-        else:
-            turned_k = _load(k, j, N, 1, t, n, sk).to(tl.float32) * tl.exp2(-k_from)
-            scores = _dot(_load(q, t, n, sq, j, N, 1).to(tl.float32) * tl.exp2(q_from), turned_k, DOT, PRECISION)
-    else:
-        queries = _load(q, t, n, sq, j, N, 1).to(tl.float32)
-        for s in range(0, n):
-            key = tl.load(k + s * sk + j, mask=j < N, other=0.0).to(tl.float32)
-            column = tl.sum(queries * key[None, :] * _since(g, t, n, sg, j, N, s), 1)
-            if TURNED:
-                scores = tl.where((t == s)[:, None], column[None, :], scores)
-            else:
-                scores = tl.where((t == s)[None, :], column[:, None], scores)
-    return scores
-
-
-@triton.jit
-def _channel_gradients(
-    a, at, q, k, g, n, sq, sk, sg, j, N, C: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Gradients of queries and keys of a chunk from those of the scores, a [queries, keys] and at, its transpose."""
-    t = tl.arange(0, C)
-    away, spread = _from_middle(g, t, n, sg, j, N, C, False)
-    queries, keys = _load(q, t, n, sq, j, N, 1).to(tl.float32), _load(k, t, n, sk, j, N, 1).to(tl.float32)
-    dq, dk = tl.zeros([C, BN], tl.float32), tl.zeros([C, BN], tl.float32)
-    if spread > -SPREAD:
-        rise, fall = tl.exp2(away), tl.exp2(-away)
-        dq = rise * _dot(a, keys * fall, DOT, PRECISION)
-        dk = fall * _dot(at, queries * rise, DOT, PRECISION)
-    else:
-        for s in range(0, n):
-            key = tl.load(k + s * sk + j, mask=j < N, other=0.0).to(tl.float32)
-            column = tl.sum(tl.where((t == s)[None, :], a, 0.0), 1)
-            weights = column[:, None] * _since(g, t, n, sg, j, N, s)
-            dq += weights * key[None, :]
-            dk = tl.where((t == s)[:, None], tl.sum(weights * queries, 0)[None, :], dk)
-    return dq, dk
 
 
 @triton.jit
@@ -192,12 +36,12 @@ def _entry(
     """The state that a span starts from: `carry` through all spans before it."""
     state = tl.zeros([BN, BP], tl.float32)
     if carry is not None:
-        state = _load(carry + row * N * P, j, N, P, p, P, 1)
+        state = load(carry + row * N * P, j, N, P, p, P, 1)
     if span_states is not None:
         for step in range(0, nspans - 1 - span if REVERSE else span):
             at = row * nspans + (nspans - 1 - step if REVERSE else step)
             decay = tl.load(span_decays + at * N + j, mask=j < N, other=0.0)
-            state = decay[:, None] * state + _load(span_states + at * N * P, j, N, P, p, P, 1)
+            state = decay[:, None] * state + load(span_states + at * N * P, j, N, P, p, P, 1)
     return state
 
 
@@ -236,27 +80,27 @@ def states(
         n = tl.minimum(seqlen - c * C, C)
         t0 = tl.cast(c, tl.int64) * C
         if entries is not None:
-            _store(entries + (row * nchunks + c) * N * P, state, j, N, P, p, P)
-        here, entry, last = _documents(ids, before, b * sib + t0, n, C, PACKED)
-        xt, wt = _load(x + t0 * sxl, j, N, 1, i, n, sxl), _load(w + t0 * swl, i, n, swl, p, P, 1)
+            store(entries + (row * nchunks + c) * N * P, state, j, N, P, p, P)
+        here, entry, last = documents(ids, before, b * sib + t0, n, C, PACKED)
+        xt, wt = load(x + t0 * sxl, j, N, 1, i, n, sxl), load(w + t0 * swl, i, n, swl, p, P, 1)
         at = b * sgb + h * sgh + t0 * sgl
         if KIND == "channel":
-            reach, left, passed = _channel_factors(g + at, i, n, sgl, j, N, here, entry, last, PACKED, True)
+            reach, left, passed = channel_factors(g + at, i, n, sgl, j, N, here, entry, last, PACKED, True)
             xt = xt.to(tl.float32) * (reach * scale if REVERSE else left)
             state *= passed[:, None]
         else:
-            cs, total = _sums(g, at, sgl, n, C, KIND)
-            reach, left, passed = _factors(cs, total, here, entry, last, PACKED)
+            cs, total = sums(g, at, sgl, n, C, KIND)
+            reach, left, passed = factors(cs, total, here, entry, last, PACKED)
             wt = wt.to(tl.float32) * (reach * scale if REVERSE else left)[:, None]
             state *= passed
         through *= passed
-        state += _dot(xt, wt, DOT, PRECISION)
+        state += dot(xt, wt, DOT, PRECISION)
     if SUMMARY:
         at = row * nspans + span
-        _store(span_states + at * N * P, state, j, N, P, p, P)
+        store(span_states + at * N * P, state, j, N, P, p, P)
         tl.store(span_decays + at * N + j, through, mask=j < N)
     elif span == (0 if REVERSE else nspans - 1):
-        _store(final + row * N * P, state, j, N, P, p, P)
+        store(final + row * N * P, state, j, N, P, p, P)
 
 
 @triton.jit
@@ -281,33 +125,33 @@ def outputs(
     for c in range(first, end):
         n = tl.minimum(seqlen - c * C, C)
         t0 = tl.cast(c, tl.int64) * C
-        here, entry, last = _documents(ids, before, b * sib + t0, n, C, PACKED)
-        qt, kt = _load(q + t0 * sql, i, n, sql, j, N, 1), _load(k + t0 * skl, j, N, 1, i, n, skl)
-        vt = _load(v + t0 * svl, i, n, svl, p, P, 1)
+        here, entry, last = documents(ids, before, b * sib + t0, n, C, PACKED)
+        qt, kt = load(q + t0 * sql, i, n, sql, j, N, 1), load(k + t0 * skl, j, N, 1, i, n, skl)
+        vt = load(v + t0 * svl, i, n, svl, p, P, 1)
         at = b * sgb + h * sgh + t0 * sgl
         if KIND == "channel":
-            scores = _channel_scores(
+            scores = channel_scores(
                 q + t0 * sql, k + t0 * skl, g + at, n, sql, skl, sgl, j, N, C, FINE, FINE_PRECISION, False
             )
-            scores = _weigh(scores, 0, here, KIND, PACKED, C, False)
-            reach, _, passed = _channel_factors(g + at, i, n, sgl, j, N, here, entry, last, PACKED, False)
-            _, left, _ = _channel_factors(g + at, i, n, sgl, j, N, here, entry, last, PACKED, True)
-            out = _dot(qt.to(tl.float32) * reach, state, DOT, PRECISION)
+            scores = weigh(scores, 0, here, KIND, PACKED, C, False)
+            reach, _, passed = channel_factors(g + at, i, n, sgl, j, N, here, entry, last, PACKED, False)
+            _, left, _ = channel_factors(g + at, i, n, sgl, j, N, here, entry, last, PACKED, True)
+            out = dot(qt.to(tl.float32) * reach, state, DOT, PRECISION)
             kt = kt.to(tl.float32) * left
-            out += _dot(scores, vt, DOT, PRECISION)
+            out += dot(scores, vt, DOT, PRECISION)
             state *= passed[:, None]
         else:
-            cs, total = _sums(g, at, sgl, n, C, KIND)
-            reach, left, passed = _factors(cs, total, here, entry, last, PACKED)
-            scores = _weigh(_dot(qt, kt, DOT, PRECISION), cs, here, KIND, PACKED, C, False)
-            out = _dot(qt, state, DOT, PRECISION) * reach[:, None]
-            out += _dot(scores, vt, DOT, PRECISION)
+            cs, total = sums(g, at, sgl, n, C, KIND)
+            reach, left, passed = factors(cs, total, here, entry, last, PACKED)
+            scores = weigh(dot(qt, kt, DOT, PRECISION), cs, here, KIND, PACKED, C, False)
+            out = dot(qt, state, DOT, PRECISION) * reach[:, None]
+            out += dot(scores, vt, DOT, PRECISION)
             vt = vt.to(tl.float32) * left[:, None]
             state *= passed
-        state += _dot(kt, vt, DOT, PRECISION)
-        _store(y + t0 * nheads * P, out * scale, i, n, nheads * P, p, P)
+        state += dot(kt, vt, DOT, PRECISION)
+        store(y + t0 * nheads * P, out * scale, i, n, nheads * P, p, P)
     if span == nspans - 1:
-        _store(final + row * N * P, state, j, N, P, p, P)
+        store(final + row * N * P, state, j, N, P, p, P)
 
 
 @triton.jit
@@ -338,57 +182,42 @@ def grad_qk(
     kept = tl.zeros([BN], tl.float32)
     for p0 in range(0, P, BP):
         p = tl.arange(0, BP) + p0
-        vt, dyt = _load(v, i, n, svl, p, P, 1), _load(dy, i, n, sdl, p, P, 1)
-        state, dstate = _load(entries, j, N, P, p, P, 1), _load(exits, j, N, P, p, P, 1)
-        a += _dot(dyt, tl.trans(vt), DOT, PRECISION)
-        at += _dot(vt, tl.trans(dyt), DOT, PRECISION)
-        dqt += _dot(dyt, tl.trans(state), DOT, PRECISION)
-        dkt += _dot(vt, tl.trans(dstate), DOT, PRECISION)
+        vt, dyt = load(v, i, n, svl, p, P, 1), load(dy, i, n, sdl, p, P, 1)
+        state, dstate = load(entries, j, N, P, p, P, 1), load(exits, j, N, P, p, P, 1)
+        a += dot(dyt, tl.trans(vt), DOT, PRECISION)
+        at += dot(vt, tl.trans(dyt), DOT, PRECISION)
+        dqt += dot(dyt, tl.trans(state), DOT, PRECISION)
+        dkt += dot(vt, tl.trans(dstate), DOT, PRECISION)
         kept += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    here, entry, last = _documents(ids, before, b * sib + t0, n, C, PACKED)
+    here, entry, last = documents(ids, before, b * sib + t0, n, C, PACKED)
     gates = b * sgb + h * sgh + t0 * sgl
-    qt, kt = _load(q, i, n, sql, j, N, 1), _load(k, i, n, skl, j, N, 1)
+    qt, kt = load(q, i, n, sql, j, N, 1), load(k, i, n, skl, j, N, 1)
     if KIND == "channel":
-        reach, left, passed = _channel_factors(g + gates, i, n, sgl, j, N, here, entry, last, PACKED, False)
-        a = _weigh(a, 0, here, KIND, PACKED, C, False) * scale
-        at = _weigh(at, 0, here, KIND, PACKED, C, True) * scale
+        reach, left, passed = channel_factors(g + gates, i, n, sgl, j, N, here, entry, last, PACKED, False)
+        a = weigh(a, 0, here, KIND, PACKED, C, False) * scale
+        at = weigh(at, 0, here, KIND, PACKED, C, True) * scale
         dqt *= reach * scale
         dkt *= left
         kept = passed * kept + tl.sum(kt.to(tl.float32) * dkt, 0)
-        near_q, near_k = _channel_gradients(a, at, q, k, g + gates, n, sql, skl, sgl, j, N, C, BN, FINE, FINE_PRECISION)
+        near_q, near_k = channel_gradients(a, at, q, k, g + gates, n, sql, skl, sgl, j, N, C, BN, FINE, FINE_PRECISION)
         dqt += near_q
         dkt += near_k
     else:
-        cs, total = _sums(g, gates, sgl, n, C, KIND)
-        reach, left, passed = _factors(cs, total, here, entry, last, PACKED)
-        a = _weigh(a, cs, here, KIND, PACKED, C, False) * scale
-        at = _weigh(at, cs, here, KIND, PACKED, C, True) * scale
+        cs, total = sums(g, gates, sgl, n, C, KIND)
+        reach, left, passed = factors(cs, total, here, entry, last, PACKED)
+        a = weigh(a, cs, here, KIND, PACKED, C, False) * scale
+        at = weigh(at, cs, here, KIND, PACKED, C, True) * scale
         dqt *= (reach * scale)[:, None]
         dkt *= left[:, None]
         kept = passed * kept + tl.sum(kt.to(tl.float32) * dkt, 0)
-        dqt += _dot(a, kt, DOT, PRECISION)
-        dkt += _dot(at, qt, DOT, PRECISION)
+        dqt += dot(a, kt, DOT, PRECISION)
+        dkt += dot(at, qt, DOT, PRECISION)
     token = (b * rows + t0) * nheads + h
-    _store(dq + token * N, dqt, i, n, nheads * N, j, N)
-    _store(dk + token * N, dkt, i, n, nheads * N, j, N)
+    store(dq + token * N, dqt, i, n, nheads * N, j, N)
+    store(dk + token * N, dkt, i, n, nheads * N, j, N)
     if dg is not None:
-        # sum_{s >= t} (q_s dq_s - k_s dk_s) + <state, dstate> at the end of the chunk, so that rounding stays there.
         terms = qt.to(tl.float32) * dqt - kt.to(tl.float32) * dkt
-        later = i[None, :] >= i[:, None]
-        stays, goes_on = i < n, i < n
-        if PACKED:
-            later = later & (here[None, :] == here[:, None])
-            stays = here == last
-            goes_on = here == tl.load(before + b * sib + t0 + i, mask=i < n, other=0)
-        if KIND == "channel":
-            grad = tl.dot(tl.where(later, 1.0, 0.0), terms, input_precision=FINE_PRECISION)
-            grad += tl.where(stays[:, None], kept[None, :], 0.0)
-            _store(dg + token * N, tl.where(goes_on[:, None], grad, 0.0), i, n, nheads * N, j, N)
-        else:
-            grad = tl.sum(tl.where(later, tl.sum(terms, 1)[None, :], 0.0), 1) + tl.where(stays, tl.sum(kept, 0), 0.0)
-            tiles = tl.num_programs(1)
-            grad = tl.where(goes_on, grad, 0.0)  # what a document start forgets does not matter
-            tl.store(dg + (token + i * nheads) * tiles + tl.program_id(1), grad, mask=i < n)
+        decay_gradient(dg, terms, kept, here, last, before, b * sib + t0, token, nheads, n, j, N, C, KIND, PACKED)
 
 
 @triton.jit
@@ -401,7 +230,8 @@ def mix(
     FINE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk and tile of headdim of y, from x, z, u = q, k, v and the state that enters the chunk; or, TURNED, of
-    the gradient of v, from k, q, dy and the gradient of the state that leaves it (which has the scale in it)."""
+    the gradient of v, from k, q, dy and the gradient of the state that leaves it (which has the scale in it). Without
+    states it is what the chunk itself gives."""
     nchunks = tl.cdiv(seqlen, C)
     c, row = tl.program_id(0) % nchunks, (tl.program_id(0) // nchunks).to(tl.int64)
     b, h = row // nheads, row % nheads
@@ -411,29 +241,32 @@ def mix(
     x += b * sxb + h // heads_per_x * sxh + t0 * sxl
     z += b * szb + h // heads_per_z * szh + t0 * szl
     u += b * sub + h * suh + t0 * sul
-    states += (row * nchunks + c) * N * P
-    here, entry, last = _documents(ids, before, b * sib + t0, n, C, PACKED)
+    if states is not None:
+        states += (row * nchunks + c) * N * P
+    here, entry, last = documents(ids, before, b * sib + t0, n, C, PACKED)
     gates = b * sgb + h * sgh + t0 * sgl
     scores, mixed = tl.zeros([C, C], tl.float32), tl.zeros([C, BP], tl.float32)
     for n0 in range(0, N, BN):
         j = tl.arange(0, BN) + n0
-        xt, state = _load(x, i, n, sxl, j, N, 1), _load(states, j, N, P, p, P, 1)
+        xt = load(x, i, n, sxl, j, N, 1)
         if KIND == "channel":
             if TURNED:
-                scores += _channel_scores(z, x, g + gates, n, szl, sxl, sgl, j, N, C, FINE, FINE_PRECISION, True)
+                scores += channel_scores(z, x, g + gates, n, szl, sxl, sgl, j, N, C, FINE, FINE_PRECISION, True)
             else:
-                scores += _channel_scores(x, z, g + gates, n, sxl, szl, sgl, j, N, C, FINE, FINE_PRECISION, False)
-            reach, left, _ = _channel_factors(g + gates, i, n, sgl, j, N, here, entry, last, PACKED, False)
-            xt = xt.to(tl.float32) * (left if TURNED else reach)
+                scores += channel_scores(x, z, g + gates, n, sxl, szl, sgl, j, N, C, FINE, FINE_PRECISION, False)
         else:
-            scores += _dot(xt, tl.trans(_load(z, i, n, szl, j, N, 1)), DOT, PRECISION)
-        mixed += _dot(xt, state, DOT, PRECISION)
+            scores += dot(xt, tl.trans(load(z, i, n, szl, j, N, 1)), DOT, PRECISION)
+        if states is not None:
+            if KIND == "channel":
+                reach, left, _ = channel_factors(g + gates, i, n, sgl, j, N, here, entry, last, PACKED, False)
+                xt = xt.to(tl.float32) * (left if TURNED else reach)
+            mixed += dot(xt, load(states, j, N, P, p, P, 1), DOT, PRECISION)
     if KIND == "channel":
-        scores = _weigh(scores, 0, here, KIND, PACKED, C, TURNED)
+        scores = weigh(scores, 0, here, KIND, PACKED, C, TURNED)
     else:
-        cs, total = _sums(g, gates, sgl, n, C, KIND)
-        reach, left, _ = _factors(cs, total, here, entry, last, PACKED)
-        scores = _weigh(scores, cs, here, KIND, PACKED, C, TURNED)
+        cs, total = sums(g, gates, sgl, n, C, KIND)
+        reach, left, _ = factors(cs, total, here, entry, last, PACKED)
+        scores = weigh(scores, cs, here, KIND, PACKED, C, TURNED)
         mixed *= (left if TURNED else reach)[:, None]
-    mixed = (mixed if TURNED else mixed * scale) + _dot(scores * scale, _load(u, i, n, sul, p, P, 1), DOT, PRECISION)
-    _store(out + ((b * rows + t0) * nheads + h) * P, mixed, i, n, nheads * P, p, P)
+    mixed = (mixed if TURNED else mixed * scale) + dot(scores * scale, load(u, i, n, sul, p, P, 1), DOT, PRECISION)
+    store(out + ((b * rows + t0) * nheads + h) * P, mixed, i, n, nheads * P, p, P)

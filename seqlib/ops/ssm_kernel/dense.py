@@ -93,7 +93,7 @@ def dense_state_outputs(ssm: DenseSSM, state: Tensor, length: int) -> Tensor:
     """y[l] = C A^(l+1) state for l < length: (batch, length, d) from a state (batch, d, n) and C (d, n)."""
     A, C = (t.to(state.dtype) for t in (ssm.A, ssm.C))
     size = min(length, block_size(length))
-    rows = _rows(A, _times(A, C), size)  # d size n
+    rows, _ = _rows(A, _times(A, C), size)  # d size n
     jump = torch.linalg.matrix_power(A, size)
     ys = []
     for _ in range(-(-length // size)):
@@ -108,14 +108,15 @@ def dense_final_state(ssm: DenseSSM, x: Tensor, initial_state: Tensor) -> Tensor
     A, B = ssm.A.to(dtype), ssm.B.to(dtype)
     length = x.shape[1]
     size = min(length, block_size(length))
-    columns = _rows(A.mT, B, size).flip(1)  # d size n
+    rows, power = _rows(A.mT, B, size)
+    columns = rows.flip(1)  # d size n
     rest = length % size
     h = initial_state
     if rest:
         h = torch.einsum("dnm,bdm->bdn", torch.linalg.matrix_power(A, rest), h)
         h = h + torch.einsum("bld,dln->bdn", x[:, :rest].to(dtype), columns[:, size - rest :])
     parts = torch.einsum("bald,dln->abdn", x[:, rest:].to(dtype).unflatten(1, (-1, size)), columns)
-    jump = torch.linalg.matrix_power(A, size)
+    jump = power.mT if size & (size - 1) == 0 else torch.linalg.matrix_power(A, size)
     for part in parts:
         h = torch.einsum("dnm,bdm->bdn", jump, h) + part
     return h
@@ -126,11 +127,11 @@ def _times(A: Tensor, rows: Tensor) -> Tensor:
     return (rows.unsqueeze(-2) @ A).squeeze(-2)
 
 
-def _rows(A: Tensor, first: Tensor, count: int) -> Tensor:
-    """first A^i for i < count (d, count, n), by doubling."""
+def _rows(A: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """first A^i for i < count (d, count, n), by doubling, and A to the power of two from `count` upwards."""
     rows = first[:, None]
     power = A
     while rows.shape[1] < count:
         rows = torch.cat([rows, rows @ power], 1)
         power = power @ power
-    return rows[:, :count]
+    return rows[:, :count], power

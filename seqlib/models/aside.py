@@ -19,12 +19,12 @@ from seqlib.mixers.attention import Attention, AttentionConfig
 from seqlib.ops.attention import KVState
 from seqlib.sequence import SequenceInfo, State
 
-__all__ = ["LowRank", "SharedConfig", "SharedState", "SharedTransformer", "SharedUse"]
+__all__ = ["Aside", "AsideConfig", "AsideState", "AsideUse", "LowRank"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedConfig:
-    """The blocks that layers with `BlockConfig.shared` take in turns."""
+class AsideConfig:
+    """The blocks that layers with `BlockConfig.aside` take in turns."""
 
     attention: AttentionConfig = AttentionConfig()  # noqa: RUF009 - frozen
     """Attention over twice the width of the stream."""
@@ -43,7 +43,7 @@ class SharedConfig:
         if isinstance(self.attention, Mapping):
             object.__setattr__(self, "attention", AttentionConfig(**self.attention))
         if self.activation not in ACTIVATIONS or min(self.d_mlp, self.copies, self.rank) < 1:
-            raise ConfigError(f"shared: unknown activation or sizes below 1: {self}")
+            raise ConfigError(f"aside: unknown activation or sizes below 1: {self}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -52,14 +52,14 @@ class SharedConfig:
 
 
 @dataclass
-class SharedState(State):
+class AsideState(State):
     """The keys and values of a layer's use of a shared block, and the state of its mixer."""
 
     kv: KVState
     mixer: State
 
 
-class SharedTransformer(nn.Module):
+class Aside(nn.Module):
     """Attention over (x, e) and an MLP, one after the other, without residuals; e is what the stack began with.
 
         a = attention(norm([x, e]));   y = down_proj(act(gate) * up),   gate, up = in_proj(mlp_norm(a))
@@ -67,7 +67,7 @@ class SharedTransformer(nn.Module):
     Source: Glorioso et al. 2024 (Zamba2, arXiv 2411.15242), section 2; Zyphra/Zamba2.
     """
 
-    def __init__(self, config: SharedConfig, d_model: int, eps: float, offset: float) -> None:
+    def __init__(self, config: AsideConfig, d_model: int, eps: float, offset: float) -> None:
         super().__init__()
         self.norm = RMSNorm(2 * d_model, eps, offset)
         self.attention = Attention(dataclasses.replace(config.attention, d_out=d_model), 2 * d_model)
@@ -82,13 +82,13 @@ class SharedTransformer(nn.Module):
         linear_(self.down_proj)
 
 
-class SharedUse(nn.Module):
+class AsideUse(nn.Module):
     """What one layer adds: low-rank changes of the shared projections, and the way out of the block.
 
     The result is added to what the layer's mixer reads, not to the stream.
     """
 
-    def __init__(self, config: SharedConfig, d_model: int) -> None:
+    def __init__(self, config: AsideConfig, d_model: int) -> None:
         super().__init__()
         attention, self.qkv = config.attention, nn.ModuleList()
         if config.attention_adapters:
@@ -104,26 +104,26 @@ class SharedUse(nn.Module):
         linear_(self.out_proj)
 
     def forward(
-        self, x: Tensor, first: Tensor, shared: SharedTransformer, state: KVState | None, seq: SequenceInfo | None
+        self, x: Tensor, first: Tensor, block: Aside, state: KVState | None, seq: SequenceInfo | None
     ) -> tuple[Tensor, KVState]:
-        h, qkv = self._project(x, first, shared)
-        y, state = shared.attention.attend(h, qkv, state, seq)
-        return self._mlp(y, shared), state
+        h, qkv = self._project(x, first, block)
+        y, state = block.attention.attend(h, qkv, state, seq)
+        return self._mlp(y, block), state
 
-    def step(self, x: Tensor, first: Tensor, shared: SharedTransformer, state: KVState) -> tuple[Tensor, KVState]:
-        h, qkv = self._project(x[:, None], first[:, None], shared)
-        y, state = shared.attention.attend_step(h[:, 0], qkv, state)
-        return self._mlp(y, shared), state
+    def step(self, x: Tensor, first: Tensor, block: Aside, state: KVState) -> tuple[Tensor, KVState]:
+        h, qkv = self._project(x[:, None], first[:, None], block)
+        y, state = block.attention.attend_step(h[:, 0], qkv, state)
+        return self._mlp(y, block), state
 
-    def _project(self, x: Tensor, first: Tensor, shared: SharedTransformer) -> tuple[Tensor, tuple[Tensor, ...]]:
-        h = shared.norm(torch.cat([x, first], -1))
-        qkv = shared.attention.project(h)
+    def _project(self, x: Tensor, first: Tensor, block: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:
+        h = block.norm(torch.cat([x, first], -1))
+        qkv = block.attention.project(h)
         return h, tuple(t + change(h) for t, change in zip(qkv, self.qkv)) if len(self.qkv) else qkv
 
-    def _mlp(self, y: Tensor, shared: SharedTransformer) -> Tensor:
-        h = shared.mlp_norm(y)
-        gate, up = (shared.in_proj(h) + self.mlp(h)).chunk(2, -1)
-        return self.out_proj(shared.down_proj(shared.activation(gate) * up))
+    def _mlp(self, y: Tensor, block: Aside) -> Tensor:
+        h = block.mlp_norm(y)
+        gate, up = (block.in_proj(h) + self.mlp(h)).chunk(2, -1)
+        return self.out_proj(block.down_proj(block.activation(gate) * up))
 
 
 class LowRank(nn.Module):
