@@ -304,6 +304,10 @@ def test_settings_change_recipes() -> None:
     ):
         with pytest.raises(ConfigError):
             dataclasses.replace(recipe, **change)
+    turns = tiny("mqar", "n_layer=2", mixer="gated_conv based")
+    assert turns.layer_pattern == "m m1" and [m["kind"] for m in turns.mixers.values()] == ["gated_conv", "based"]
+    with pytest.raises(ConfigError, match="no JSON object"):
+        tiny("mqar", mixer='{"kind": mamba}')
     with pytest.raises(ConfigError, match="there is no recipe 's4' for mqar"):
         find_recipe("s4", "mqar")
 
