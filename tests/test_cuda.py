@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: run in the emulation against the reference, and compiled by nvcc within their limits.
 
-The emulation compiles the same sources for the host (kernels/cuda/emulate.h). Here its ops stand in for those of the CPU,
-so that the whole path from the public function to the gradients runs over the CUDA bindings and kernels.
+The emulation compiles the same sources for the host (kernels/cuda/emulate.h). Here its ops stand in for those of the
+CPU, so that the whole path from the public function to the gradients runs over the CUDA bindings and kernels.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ KERNELS = {
     "linear_attention": ("linear_attention_step",),
     "linear_scan": ("linear_scan", "linear_scan_bwd"),
     "selective_scan": ("selective_scan", "selective_scan_bwd", "selective_scan_step"),
+    "ssm_kernel": ("cauchy", "cauchy_bwd", "vandermonde"),
 }
 SEGMENTS = ("selective_scan.segments", "selective_scan_bwd.segments", "linear_scan.segments")
 
@@ -129,7 +130,7 @@ def test_every_layout_of_the_selective_scan(d_state: int, lanes: int, tune) -> N
 
 
 def test_convolution_walks_past_its_blocks(tune) -> None:
-    """Windows, gradients and states cross the walks of 32 and the blocks of 128 positions, through pads between them."""
+    """Windows, gradients and states cross the walks of 32 and the blocks of 128 positions, through pads."""
     op = OPS["causal_conv1d"]
     g = torch.Generator().manual_seed(0)
     starts, mask = torch.zeros(2, 300, dtype=torch.bool), torch.rand(2, 300, generator=g) < 0.8
@@ -149,6 +150,41 @@ def test_convolution_walks_past_its_blocks(tune) -> None:
             _close(f"d_conv {d_conv}", a, b, torch.float32, gradient=False)
         for k in want_grads:
             _close(f"gradient of {k}, d_conv {d_conv}", got_grads[k], want_grads[k], torch.float32, gradient=True)
+
+
+@pytest.mark.parametrize(("rank", "lead", "n"), [(2, (), 5), (1, (3,), 260)])
+def test_cauchy_sums(rank: int, lead: tuple[int, ...], n: int, tune) -> None:
+    """The kernel of S4 and its gradients over the compiled sums equal those of the torch row in float64."""
+    torch_impl, cuda_impl = (importlib.import_module(f"seqlib.ops.ssm_kernel.{m}_impl") for m in ("torch", "cuda"))
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.complex128)
+
+    A = torch.complex(-0.5 - torch.rand(3, n, generator=g), torch.pi * torch.arange(n).expand(3, n)).to(
+        torch.complex128
+    )
+    exact = [A, draw(rank, 3, n) / n, draw(3, n), draw(*lead, 3, n) / n, torch.tensor([0.01, 0.1, 0.3]).double()]
+    weight = torch.randn(*lead, 3, 70, generator=g, dtype=torch.float64)
+    made = []
+    for impl, dtype in ((torch_impl, torch.float64), (cuda_impl, torch.float32)):
+        leaves = [t.to(dtype.to_complex() if t.is_complex() else dtype).requires_grad_() for t in exact]
+        kernel = impl.dplr(*leaves, 70, l_kernel=70)
+        made.append([kernel, *torch.autograd.grad((kernel * weight.to(dtype)).sum(), leaves)])
+    for name, want, got in zip(("kernel", *"APBC", "dt"), *made):
+        _close(name, got.detach(), want.detach(), torch.float32, gradient=True)
+
+
+def test_powers_far_out(tune) -> None:
+    """Angles of a hundred thousand radians keep their digits, over several blocks of rows and of states."""
+    cuda_impl = importlib.import_module("seqlib.ops.ssm_kernel.cuda_impl")
+    reference = importlib.import_module("seqlib.ops.ssm_kernel.reference")
+    A = torch.complex(torch.full((1, 20), -0.5), torch.pi * torch.arange(20.0).expand(1, 20))
+    C = torch.ones(2, 1, 20, dtype=torch.cfloat)
+    options: dict[str, Any] = {"dt": torch.tensor([1e-3]), "length": 9000, "discretization": "zoh"}
+    got = cuda_impl.diag(A, torch.ones(20), C, **options)
+    want = reference.diag(A.cdouble(), torch.ones(20).double(), C.cdouble(), **options | {"dt": options["dt"].double()})
+    _close("kernel", got, want, torch.float32, gradient=False)
 
 
 def _steps() -> dict[str, Callable[[Callable[..., torch.Tensor]], dict[str, Any]]]:

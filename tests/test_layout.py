@@ -48,7 +48,7 @@ THIRD_PARTY = {
     "datasets": {"lm", "lra"},
     "PIL": {"lra"},
     "pyarrow": {"lra"},
-    "matplotlib": {"lm", "lra"},
+    "matplotlib": {"bench", "lm", "lra"},
     "typer": {"lm", "lra"},
     "rich": {"dispatch", "bench", "lm", "lra"},
     "tqdm": {"lm", "lra"},

@@ -360,7 +360,7 @@ def test_evaluate_command(
         ("generate {run} --prompt-file {tmp}/missing", "cannot be read"),
         ("generate {run} --lines {tmp}/missing", "cannot be read"),
         ("generate {run} --lines {text} --prompt a", "not both"),
-        ("generate {run} --lines {run}/recipe.json", "is not JSON"),
+        ("generate {run} --lines {text}/0.txt", "is not JSON"),
         ("generate {run} --prompt a --set num_beans=2", "did you mean 'num_beams'"),
         ("generate {run} --prompt a --set num_beams", "key=value"),
         ("generate {run} --prompt a --tokenizer {tmp}", "no tokenizer could be loaded"),

@@ -86,7 +86,7 @@ def _run(op: Op, inputs: dict, form: str, backend: str) -> tuple[list[torch.Tens
     leaves = _leaves(inputs)
     g = torch.Generator().manual_seed(1)
     loss = sum(
-        ((t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype)).real.sum() for t in smooth),
+        ((t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.device, t.dtype)).real.sum() for t in smooth),
         torch.zeros(()),
     )
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if smooth else []

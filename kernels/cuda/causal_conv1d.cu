@@ -33,6 +33,12 @@ struct Walk {
 SEQLIB_DEVICE int32_t before(const ConvArgs& a, int64_t row, int64_t t) {
   return a.links ? a.links[row * (a.seqlen + 1) + t] : static_cast<int32_t>(t) - 1;
 }
+// The first real token of a walk, or its end; the end of the row for walks beyond it.
+SEQLIB_DEVICE int64_t first_real(const ConvArgs& a, const Walk& w) {
+  int64_t t = w.begin < a.seqlen ? w.begin : a.seqlen;
+  while (t < w.end && before(a, w.row, t) == link_pad) ++t;
+  return t;
+}
 SEQLIB_DEVICE int32_t after(const ConvArgs& a, int64_t row, int64_t t) {
   if (a.links) return a.links[(a.batch + row) * (a.seqlen + 1) + t];
   return t + 1 < a.seqlen ? static_cast<int32_t>(t) + 1 : link_none;
@@ -104,7 +110,10 @@ SEQLIB_GLOBAL(kThreads, W <= 4 ? 4 : 2) conv_forward(const ConvArgs a) {
   const Walk w(a);
   float tap[W][V], bias[V], past[W - 1][V];
   load_taps<W>(a, w, tap, bias);
-  bool begun = false;
+  int32_t place[W - 1];
+  places_before(a, w.row, first_real(a, w), place);
+  SEQLIB_UNROLL
+  for (int k = 0; k + 1 < W; ++k) load_place(a, w, place[k], past[k]);
   for (int64_t first = w.begin; first < w.end; first += 8) {
     float x[8][V];  // in flight together
     SEQLIB_UNROLL
@@ -117,16 +126,10 @@ SEQLIB_GLOBAL(kThreads, W <= 4 ? 4 : 2) conv_forward(const ConvArgs a) {
       const int32_t link = t < w.end ? before(a, w.row, t) : link_pad;
       float y[V] = {};
       if (link != link_pad) {
-        if (!begun) {
-          int32_t place[W - 1];
-          places_before(a, w.row, t, place);
-          SEQLIB_UNROLL
-          for (int k = 0; k + 1 < W; ++k) load_place(a, w, place[k], past[k]);
-        } else if (link == link_fresh) {
+        if (link == link_fresh) {
           SEQLIB_UNROLL
           for (int k = 0; k + 1 < W; ++k) clear(past[k]);
         }
-        begun = true;
         SEQLIB_UNROLL
         for (int i = 0; i < V; ++i) {
           const float sum = sum_taps<W>(tap, past, x[j][i], bias[i], i, a.width);
@@ -138,7 +141,6 @@ SEQLIB_GLOBAL(kThreads, W <= 4 ? 4 : 2) conv_forward(const ConvArgs a) {
     }
   }
   if (w.begin < a.seqlen && w.end == a.seqlen) {
-    int32_t place[W - 1];
     places_before(a, w.row, a.seqlen, place);
     SEQLIB_UNROLL
     for (int k = 0; k + 1 < W; ++k) {
@@ -215,7 +217,8 @@ SEQLIB_GLOBAL(kThreads, 2) conv_backward(const ConvArgs a) {
   load_taps<W>(a, w, g.tap, g.bias);
   SEQLIB_UNROLL
   for (int k = 0; k <= W; ++k) clear(g.dtap[k]);
-  int64_t last = -1;
+  int64_t last = first_real(a, w);
+  if (last < w.end) g.begin(a, w, last);
   for (int64_t first = w.begin; first < w.end; first += 4) {
     float x[4][V], dy[4][V];  // in flight together
     SEQLIB_UNROLL
@@ -229,8 +232,7 @@ SEQLIB_GLOBAL(kThreads, 2) conv_backward(const ConvArgs a) {
       const int64_t t = first + j;
       const int32_t link = t < w.end ? before(a, w.row, t) : link_pad;
       if (link != link_pad) {
-        if (last < 0) g.begin(a, w, t);
-        else if (link == link_fresh) g.release_all(a, w);
+        if (link == link_fresh) g.release_all(a, w);
         g.step(a, w, t, x[j], dy[j], true);
         last = t;
       } else if (t < w.end) {
@@ -239,7 +241,7 @@ SEQLIB_GLOBAL(kThreads, 2) conv_backward(const ConvArgs a) {
       }
     }
   }
-  if (last >= 0) {
+  if (last < w.end) {
     int32_t t = after(a, w.row, last);
     for (int k = 1; k < a.width && t >= 0; ++k) {
       float x[V], dy[V];

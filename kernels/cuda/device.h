@@ -53,6 +53,10 @@ SEQLIB_DEVICE T* shared_memory() {
 SEQLIB_DEVICE float exp2_fast(float x) { return exp2f(x); }
 SEQLIB_DEVICE float exp_fast(float x) { return expf(x); }
 SEQLIB_DEVICE float divide_fast(float a, float b) { return a / b; }
+SEQLIB_DEVICE void sincos_half_turns(float x, float& sin, float& cos) {
+  sin = static_cast<float>(std::sin(M_PI * x));
+  cos = static_cast<float>(std::cos(M_PI * x));
+}
 SEQLIB_DEVICE float f16_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
   const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
@@ -115,6 +119,7 @@ SEQLIB_DEVICE float exp2_fast(float x) {
 }
 SEQLIB_DEVICE float exp_fast(float x) { return __expf(x); }
 SEQLIB_DEVICE float divide_fast(float a, float b) { return __fdividef(a, b); }
+SEQLIB_DEVICE void sincos_half_turns(float x, float& sin, float& cos) { sincospif(x, &sin, &cos); }
 SEQLIB_DEVICE float f16_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 SEQLIB_DEVICE uint16_t float_to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 SEQLIB_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }

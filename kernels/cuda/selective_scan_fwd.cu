@@ -10,7 +10,7 @@ namespace {
 
 template <int S, int G>
 struct Forward {
-  static constexpr int N = S * G, channels = kScanThreads / G, steps = N <= 64 ? 32 : 16;
+  static constexpr int N = S * G, channels = kScanThreads / G, steps = N == 128 ? 16 : 32;
 
   struct Tile {
     float in[steps][channels][2];   // delta, delta * x
@@ -56,7 +56,7 @@ struct Forward {
 };
 
 template <int S, int G>
-SEQLIB_GLOBAL(kScanThreads, S <= 4 ? 4 : S <= 8 ? 3 : 2) scan_forward(const ScanArgs a) {
+SEQLIB_GLOBAL(kScanThreads, S <= 4 ? 4 : G < 32 ? 3 : 2) scan_forward(const ScanArgs a) {
   using F = Forward<S, G>;
   auto& tile = *shared_memory<typename F::Tile>();
   const ScanTask task(a, F::channels);
@@ -163,7 +163,7 @@ void run(const ScanArgs& a, Stream stream) {
 int32_t scan_lanes(int64_t d_state, int64_t wanted) {
   if (d_state <= 8) return 2;
   if (d_state <= 16) return wanted <= 2 ? 2 : wanted <= 4 ? 4 : wanted <= 8 ? 8 : 16;
-  return d_state <= 32 ? 8 : 16;
+  return d_state <= 32 ? 8 : d_state <= 128 ? 16 : 32;
 }
 
 int64_t scan_block_channels(int32_t lanes) { return kScanThreads / lanes; }
@@ -181,7 +181,7 @@ void start_selective_scan_fwd(const ScanArgs& a, Stream stream) {
   if (a.d_state <= 32) return run<4, 8>(a, stream);
   if (a.d_state <= 64) return run<4, 16>(a, stream);
   if (a.d_state <= 128) return run<8, 16>(a, stream);
-  return run<16, 16>(a, stream);
+  return run<8, 32>(a, stream);
 }
 
 }  // namespace seqlib

@@ -105,11 +105,10 @@ class Hyena(Mixer[HyenaConfig]):
         c = self.config
         linear_(self.in_proj)
         self.conv1d.reset_parameters()
-        at: dict[str, Any] = {"dtype": torch.float64, "device": self.D.device}
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": self.D.device}
         bands = (c.d_position - 1) // 2
-        angle = (
-            2 * math.pi / c.l_max * torch.arange(c.l_max, **at)[:, None] * torch.linspace(1e-4, bands - 1, bands, **at)
-        )
+        frequencies = 2 * math.pi / c.l_max * torch.linspace(1e-4, bands - 1, bands, **exact)
+        angle = torch.arange(c.l_max, **exact)[:, None] * frequencies
         fill_(self.positions, torch.cat([self._time()[:, None], angle.cos(), -angle.sin()], 1))
         fill_(self.frequency, c.frequency)
         for layer in self.filter:

@@ -54,6 +54,17 @@ def _native(form: str, function: str) -> tuple[Impl, Impl]:
 
 IMPLS = (
     *_native("chunked", "chunked"),
+    Impl(
+        "vendor",
+        "chunked",
+        f"{_HERE}.vendor_impl:chunked",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("mamba_ssm",),
+        limits=_narrow,
+        refuses=_UNSUPPORTED | {"initial_state", "packed", "padded"},
+        by_name_only=True,
+    ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked", loops=True),
     Impl("reference", "reference", f"{_HERE}.reference:selective_scan"),
 )
@@ -63,7 +74,9 @@ STEP_IMPLS = (
 )
 
 
-def facts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Facts:
+def facts(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, seq: SequenceInfo | None = None, **options: Any
+) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (x, dt, A, B, C, *options.values())
     )
@@ -72,6 +85,12 @@ def facts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any
         features.add("constant B or C")
     odd = {torch.float16: "float16 B or C", torch.float64: "float64 B or C"}
     features |= {odd[t.dtype] for t in (B, C) if t.dtype in odd}
+    used = {
+        "initial_state": options.get("initial_state") is not None,
+        "packed": seq is not None and seq.starts is not None,
+        "padded": seq is not None and seq.padding_mask is not None,
+    }
+    features |= {name for name, on in used.items() if on}
     seqlen = x.shape[1] if x.dim() == 3 else 1
     return Facts(x.device.type, x.dtype, seqlen, needs_grad, frozenset(features), (("d_state", A.shape[-1]),))
 
@@ -137,7 +156,7 @@ def selective_scan(
     if seq is not None:
         seq.check(batch, seqlen)
     options = {"D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
-    run = OP.choose(facts(x, dt, A, B, C, **options), form, backend)
+    run = OP.choose(facts(x, dt, A, B, C, seq=seq, **options), form, backend)
     return run(x, dt, A, B, C, dt_softplus=dt_softplus, seq=seq, **options)
 
 
