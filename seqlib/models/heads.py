@@ -49,8 +49,10 @@ def lm_loss(
         raise UnsupportedInput(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1)
     divisor = None if num_items is None else torch.as_tensor(num_items, device=hidden.device)
-    options = {"divisor": divisor, "ignore_index": ignore_index, "scale": scale, "softcap": softcap}
-    return linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, targets, **options)
+    return linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets,
+        divisor=divisor, ignore_index=ignore_index, scale=scale, softcap=softcap,
+    )  # fmt: skip
 
 
 def finish_logits(logits: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
