@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["equals_reference", "start"]
+__all__ = ["equals_reference", "refused_by_gate", "start"]
 
 
 def start() -> None:
@@ -95,3 +95,14 @@ def equals_reference(op_name: str, case_name: str, dtype: torch.dtype) -> str:
         return reason or f"it does not support {', '.join(sorted(impl.refuses & facts.features))}"
     test_ops.compare(op, impl, inputs, dtype)
     return ""
+
+
+def refused_by_gate(op_name: str, case_name: str, dtype: torch.dtype, cache: str) -> str | None:
+    """What the row's own gate says about a case on this "device"."""
+    import test_ops
+
+    os.environ["SEQLIB_CACHE"] = cache
+    module = importlib.import_module(f"seqlib.ops.{op_name}")
+    case = next(c for c in test_ops.CASES[op_name] if c.name == case_name)
+    gate = importlib.import_module(f"seqlib.ops.{op_name}.triton_impl").gate
+    return gate(module.OP.facts(**case.inputs(dtype))).refusal

@@ -80,6 +80,14 @@ def test_interpreted_row_equals_reference(interpreter: ProcessPoolExecutor, op: 
         pytest.skip(f"outside this row: {refused}")
 
 
+@pytest.mark.parametrize("dtype", [pytest.param(SINGLE, marks=pytest.mark.slow), BRAIN], ids=short)
+@pytest.mark.parametrize("op", list(QUICK))
+def test_gate_admits_what_the_interpreter_computes(interpreter: ProcessPoolExecutor, op: str, dtype: Any, tmp_path):
+    """The gate itself, which runs on devices before anything else does: right results pass."""
+    case = "token_mixed_groups" if op in ("linear_attention", "delta_rule") else next(iter(QUICK[op]))
+    assert interpreter.submit(interpreted.refused_by_gate, op, case, dtype, str(tmp_path)).result(timeout=600) is None
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -31,7 +31,7 @@ class OnDevice {
   explicit OnDevice(const Tensor&) : index_(0) {}
 #else
   explicit OnDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_) == AOTI_TORCH_SUCCESS, "no CUDA stream");
   }
 #endif
   Stream stream() const { return stream_; }

@@ -42,8 +42,9 @@ __all__ = [
 ]
 
 SHIPPED = Path(__file__).with_name("triton_admitted.json")
-# Largest errors that a configuration may have on outputs and gradients: of the largest value, in 16 bits as RMS.
-BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (6e-3, 1e-2), torch.float16: (6e-3, 1e-2)}
+# Largest errors that a configuration may have on outputs and gradients: of the largest value, in 16 bits as RMS. There
+# a few products in a row are rounded to 8 bits each; a wrong one is off by tenths.
+BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 2e-2), torch.float16: (1e-2, 2e-2)}
 
 
 _live: dict[str, Any] = {}
@@ -144,7 +145,7 @@ def trial(row: Callable[..., Any], truth: Callable[..., Any], inputs: dict[str, 
     """What is wrong with the outputs and gradients of `row` beside those of `truth` in float64, twice over: an error
     that moves is a race. Nothing when they agree."""
     tensors = {k: t for k, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point()}
-    dtype = next(iter(tensors.values())).dtype
+    dtype = min((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
     exact = inputs | {k: t.double() for k, t in tensors.items()}
     want, first, second = _results(truth, exact), _results(row, inputs), _results(row, inputs)
     for name, right in want.items():
@@ -165,7 +166,7 @@ def _results(function: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, 
         k: t.detach().requires_grad_() for k, t in inputs.items() if isinstance(t, Tensor) and t.is_floating_point()
     }
     with torch.enable_grad():
-        made = outputs(function(**inputs | leaves))
+        made = [t for t in outputs(function(**inputs | leaves)) if t.requires_grad]
         given = [torch.arange(t.numel(), device=t.device).cos().view(t.shape).to(t.dtype) for t in made]
         grads = torch.autograd.grad(made, list(leaves.values()), given)
     named = {f"output {i}": t.detach() for i, t in enumerate(made)}
