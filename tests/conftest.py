@@ -24,7 +24,9 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
         def fill(*args, **kwargs):
             made = make(*args, **kwargs)
             floating = made.is_floating_point() or made.is_complex()
-            return made.fill_(float("nan")) if floating and made.device.type != "meta" else made
+            if floating and made.device.type != "meta":
+                made.detach().fill_(float("nan"))
+            return made
 
         return fill
 

@@ -52,7 +52,7 @@ def _simple_gla(**t: Any) -> Tensor:
 def _let_run() -> None:
     """fla refuses gated gradients on Hopper under Triton before 3.7.1. Here its kernels take part all the same, since
     what was wrong came from the assembler, which may be another (TRITON_PTXAS_PATH)."""
-    importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
+    setattr(importlib.import_module("fla.ops.common.chunk_o"), "TRITON_ABOVE_3_7_1", True)  # noqa: B010
 
 
 def _heads_first(t: dict[str, Any]) -> dict[str, Any]:

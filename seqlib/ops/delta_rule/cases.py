@@ -95,7 +95,7 @@ CASES = (
     *(case(f"{kind}_padded", 4, 14, 2, 5, 6, kind, seq=PADDED) for kind in _KINDS),
     *(case(f"{kind}_mixed_groups", 4, 14, 4, 5, 6, kind, seq=MIXED, state=True, groups=(1, 2)) for kind in _KINDS),
     *(case(f"{kind}_strong", 1, 100, 2, 16, 16, kind, strong=30.0, state=True) for kind in _KINDS[1:]),
-    *(case(f"token_tail_{n}", 1, n, 2, 16, 16, "token", scale=0.25) for n in (2, 3, 63, 64, 65, 100)),
+    *(case(f"token_tail_{n}", 4 if n == 2 else 1, n, 2, 16, 16, "token", scale=0.25) for n in (2, 3, 63, 64, 65, 100)),
     *(case(f"{kind}_wide", 1, 70, 1, 64, 64, kind, state=True) for kind in _KINDS),
     *(case(f"{kind}_odd_33", 1, 66, 2, 33, 33, kind, state=True) for kind in _KINDS),
     case("token_wide_state", 1, 37, 1, 130, 20, "token"),

@@ -32,7 +32,8 @@ class Plan(NamedTuple):
 
     chunk: int
     inverses: Tiles
-    serial: Tiles
+    corrections: Tiles
+    adjoints: Tiles
     gradients: Tiles
     mix: Tiles
 
@@ -44,16 +45,29 @@ def plans(kind: str, dtype: torch.dtype, d_state: int, headdim: int, capability:
     chunk = 16 if kind == "channel" or not half else 64 if capability >= 90 else 32
     whole, narrow = tile(d_state, 256), 64 if half else 32
     side = tile(headdim, 32 if whole <= (128 if half else 64) else 16)
-    return [
+    serial = [(whole, side, 8 if whole > 64 else 4, stages if whole <= 128 else 1) for stages in (2, 1)]
+    careful = [
         Plan(
             chunk,
             (tile(d_state, narrow), 16, 4, stages),
-            (whole, side, 8 if whole > 64 else 4, stages if whole <= 128 else 1),
+            walk,
+            walk,
             (tile(d_state, 32), tile(headdim, 32), 8 if chunk == 64 else 4, stages),
             (tile(d_state, narrow), tile(headdim, narrow), 4, stages),
         )
-        for stages in (2, 1)
+        for walk, stages in zip(serial, (2, 1))
     ]
+    if chunk < 64 or whole > 128:
+        return careful
+    measured = Plan(
+        chunk,
+        inverses=(tile(d_state, 64), 16, 4, 2),
+        corrections=(whole, tile(headdim, 32), 4, 2),
+        adjoints=(whole, tile(headdim, 64), 8, 2),
+        gradients=(whole, tile(headdim, 32), 8, 1),
+        mix=(tile(d_state, 64), tile(headdim, 128), 8, 2),
+    )
+    return [measured, *careful]
 
 
 def gate(facts: Facts) -> Verdict:
@@ -232,10 +246,10 @@ class _Call(Call):
         entries, final = self.states(self.products.stored, self.nchunks), self.states()
         common.launch(
             kernels.corrections,
-            (heads, triton.cdiv(self.headdim, self.plan.serial[1])),
+            (heads, triton.cdiv(self.headdim, self.plan.corrections[1])),
             *(k, v, beta, self.g, self.ids, self.before, inverse, carry, entries, u, final),
             *(*common.leading(k, v, beta), *self.gate_strides(), self.seqlen, self.nheads, self.shared(k)),
-            **self.constants(*self.plan.serial),
+            **self.constants(*self.plan.corrections),
         )
         return inverse, u, entries, final
 
@@ -272,10 +286,10 @@ class _Call(Call):
         sizes = (rows, self.seqlen, self.nheads, self.shared(q), self.shared(k), self.scale)
         common.launch(
             kernels.adjoints,
-            (heads, triton.cdiv(self.headdim, self.plan.serial[1])),
+            (heads, triton.cdiv(self.headdim, self.plan.adjoints[1])),
             *(q, k, dy, beta, self.g, self.ids, self.before, inverse, dstate, exits, x, dv, dinitial),
             *(*common.leading(q, k, dy, beta), *self.gate_strides(), *sizes),
-            **self.constants(*self.plan.serial),
+            **self.constants(*self.plan.adjoints),
         )
         common.launch(
             kernels.gradients,

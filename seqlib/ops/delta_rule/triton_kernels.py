@@ -76,8 +76,8 @@ def inverses(
         size = 2**level
         if size < C:
             joins = (later // (2 * size) == earlier // (2 * size)) & (later // size > earlier // size)
-            below = tl.dot(tl.where(joins, a, 0.0), t, input_precision="tf32x3")
-            t -= tl.dot(t, below, input_precision="tf32x3")
+            below = tl.dot(tl.where(joins, a, 0.0), t, input_precision=FINE_PRECISION)
+            t -= tl.dot(t, below, input_precision=FINE_PRECISION)
     tl.store(out + (row * nchunks + c) * C * C + later * C + earlier, t)
 
 

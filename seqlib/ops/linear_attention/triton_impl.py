@@ -55,7 +55,17 @@ def plans(kind: str, dtype: torch.dtype, d_state: int, headdim: int, capability:
     by_memory = Plan(chunk, None, states, grad_qk, mix)
     if not half or whole > 128:
         return [by_memory]
-    return [by_memory._replace(outputs=(whole, side, 8 if whole > 64 else 4, 2)), by_memory]
+    in_registers = by_memory._replace(outputs=(whole, side, 8 if whole > 64 else 4, 2))
+    if not hopper or kind == "channel":
+        return [in_registers, by_memory]
+    measured = Plan(
+        chunk,
+        outputs=(whole, side, 4, 2),
+        states=(tile(d_state, 32), 128, 4, 3) if headdim > 64 else (tile(d_state, 64), side, 4, 3),
+        grad_qk=(tile(d_state, 64), side, 4, 2),
+        mix=(tile(d_state, 64), tile(headdim, 128), 4, 2),
+    )
+    return [measured, in_registers, by_memory]
 
 
 def gate(facts: Facts) -> Verdict:
@@ -332,8 +342,8 @@ class _Call(Call):
         return triton.cdiv(self.d_state, self.plan.states[0]) * triton.cdiv(self.headdim, self.plan.states[1])
 
     def _spans(self, tiles: int) -> tuple[int, int]:
-        """Chunks per span and spans: as few as fill the device, each of two chunks at least."""
-        wanted = triton.cdiv(PROGRAMS, self.batch * self.nheads * tiles)
+        """Chunks per span and spans: as few as fill half of the device, each of two chunks at least."""
+        wanted = PROGRAMS // (self.batch * self.nheads * tiles)
         wanted = max(1, min(wanted, MOST_SPANS, self.nchunks // 2))
         per_span = triton.cdiv(self.nchunks, wanted)
         return per_span, triton.cdiv(self.nchunks, per_span)
