@@ -10,7 +10,7 @@ from seqlib import native, use_backend
 from seqlib.errors import UnsupportedInput
 from seqlib.layers.linear import Linear
 from seqlib.mixers import Mixer, build_mixer
-from seqlib.mixers.fused import fusible
+from seqlib.mixers.fused import why_apart
 
 pytestmark = [
     pytest.mark.native,
@@ -58,17 +58,17 @@ def test_whoever_wants_the_parts_gets_them() -> None:
     """Backends asked for, gradients, adapters in the place of a projection, and what the library does not take."""
     x, given = torch.zeros(2, 40), (torch.zeros(2, 80, 16), "linear", "selective_scan")
     with torch.no_grad():
-        assert fusible(layer("mamba"), x, *given)
-        assert not fusible(layer("mamba"), x.double(), *given)
-        assert not fusible(layer("mamba"), torch.zeros(9, 40), torch.zeros(9, 80, 16), "linear")
+        assert why_apart(layer("mamba"), x, *given) is None
+        assert why_apart(layer("mamba"), x.double(), *given)
+        assert why_apart(layer("mamba"), torch.zeros(9, 40), torch.zeros(9, 80, 16), "linear")
         with use_backend(selective_scan="torch"):
-            assert not fusible(layer("mamba"), x, *given)
+            assert why_apart(layer("mamba"), x, *given)
         with torch.autocast("cpu"):
-            assert not fusible(layer("mamba"), x, *given)
+            assert why_apart(layer("mamba"), x, *given)
         adapted = layer("mamba")
         adapted.x_proj = type("Adapter", (Linear,), {})(80, 3 + 32, bias=False)
-        assert not fusible(adapted, x, *given)
-    assert not fusible(layer("mamba"), x, *given)
+        assert why_apart(adapted, x, *given)
+    assert why_apart(layer("mamba"), x, *given)
 
 
 def test_a_state_of_another_batch_is_refused() -> None:

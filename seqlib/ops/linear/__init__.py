@@ -34,6 +34,17 @@ IMPLS = (
         limits=_limits,
         grad=False,
     ),
+    Impl(
+        "native",
+        "parallel",
+        f"{_HERE}.native_impl:linear",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("native:cuda",),
+        limits=_limits,
+        refuses=frozenset({"a weight of another dtype"}),
+        grad=False,
+    ),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:linear"),
     Impl("reference", "reference", f"{_HERE}.reference:linear"),
 )
@@ -41,7 +52,8 @@ IMPLS = (
 
 def facts(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return Facts(x.device.type, x.dtype, 1, needs_grad, sizes=(("rows", x.numel() // max(1, x.shape[-1])),))
+    features = frozenset({"a weight of another dtype"} if weight.dtype != x.dtype else ())
+    return Facts(x.device.type, x.dtype, 1, needs_grad, features, (("rows", x.numel() // max(1, x.shape[-1])),))
 
 
 OP = Op("linear", IMPLS, facts, "linear")
