@@ -211,10 +211,10 @@ SEQLIB_GLOBAL(kThreads, B == 1 ? 3 : 2) few_rows(const FewRowsArgs a) {
   SEQLIB_UNROLL
   for (int u = 0; u < kAhead; ++u) weights.ask(part + u * a.split, raw[u]);
 
-  const int mine = thread_index() % kSums, set = thread_index() / kSums;
-  const Finish<T> finish(a, (block + set) * kRows + mine / B, mine % B, set < groups);
   if (a.x_dtype == Dtype::f32) stage<T, float, B, V>(a, x, width, sums);
   else stage<T, T, B, V>(a, x, width, sums);
+  const int mine = thread_index() % kSums, set = thread_index() / kSums;
+  const Finish<T> finish(a, (block + set) * kRows + mine / B, mine % B, set < groups);
 
   float sum[kSums] = {};
   for (int round = part; round * kRound<V> < d_in; round += kAhead * a.split) {
