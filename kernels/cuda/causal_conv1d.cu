@@ -77,11 +77,27 @@ SEQLIB_DEVICE void places_before(const ConvArgs& a, int64_t row, int64_t t, int3
   }
 }
 
-SEQLIB_DEVICE void load_place(const ConvArgs& a, const Walk& w, int32_t place, float (&v)[V]) {
-  clear(v);
-  if (place >= 0) load<V>(a.x.data, a.x.dtype, at(a.x, w, place), w.valid, v);
-  if (place <= kSlots && a.state)
-    load<V>(a.state, a.x.dtype, (w.row * (a.width - 1) + (kSlots - place)) * a.d + w.channel, w.valid, v);
+template <Access how>
+SEQLIB_DEVICE Bits<V> fetch_place(const ConvArgs& a, const Walk& w, int32_t place) {
+  const bool in_state = place <= kSlots && a.state;
+  const int64_t from = in_state ? (w.row * (a.width - 1) + (kSlots - place)) * a.d + w.channel : at(a.x, w, place);
+  return fetch<how, V>(in_state ? a.state : a.x.data, a.x.dtype, from, in_state || place >= 0 ? w.valid : 0);
+}
+
+// The inputs before a token: all on their way before the first is looked at.
+template <Access how, int W>
+SEQLIB_DEVICE void load_places(const ConvArgs& a, const Walk& w, const int32_t (&place)[W], float (&past)[W][V]) {
+  Bits<V> bits[W];
+  SEQLIB_UNROLL
+  for (int k = 0; k < W; ++k) bits[k] = fetch_place<how>(a, w, place[k]);
+  SEQLIB_UNROLL
+  for (int k = 0; k < W; ++k) unpack(bits[k], a.x.dtype, past[k]);
+}
+
+SEQLIB_DEVICE bool whole(const ConvArgs& a) {
+  const int64_t size = a.x.dtype == Dtype::f32 ? 4 : 2;
+  const auto state = static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.state));
+  return a.d % V == 0 && in_vectors<V>(a.x) && in_vectors<V>(a.dy) && state % (V * size) == 0;
 }
 
 // Taps with zeros in front where the kernel is narrower than W.
@@ -96,37 +112,45 @@ SEQLIB_DEVICE void load_taps(const Args& a, const Walk& w, float (&tap)[W][V], f
   if (a.bias) load<V>(a.bias + w.channel, w.valid, bias);
 }
 
-// bias + sum of taps times the window, the newest input apart. Inputs that no tap reaches may be infinite.
+// bias + sum of taps times the window, the newest input apart. Inputs that no tap reaches may be infinite; there are some
+// where W is not the width.
 template <int W>
 SEQLIB_DEVICE float sum_taps(const float (&tap)[W][V], const float (&past)[W - 1][V], float newest, float bias, int i, int width) {
   float sum = bias + tap[W - 1][i] * newest;
   SEQLIB_UNROLL
-  for (int k = 0; k + 1 < W; ++k) sum += k >= W - width ? tap[k][i] * past[k][i] : 0.0f;
+  for (int k = 0; k + 1 < W; ++k) sum += W < conv_max_width || k >= W - width ? tap[k][i] * past[k][i] : 0.0f;
   return sum;
 }
 
-template <int W>
-SEQLIB_GLOBAL(kThreads, W <= 4 ? 4 : 2) conv_forward(const ConvArgs a) {
-  const Walk w(a);
+template <int W, Access how>
+SEQLIB_DEVICE void walk_forward(const ConvArgs& a, const Walk& w) {
+  constexpr int batch = 8;  // inputs on their way together
   float tap[W][V], bias[V], past[W - 1][V];
-  load_taps<W>(a, w, tap, bias);
   int32_t place[W - 1];
   places_before(a, w.row, first_real(a, w), place);
-  SEQLIB_UNROLL
-  for (int k = 0; k + 1 < W; ++k) load_place(a, w, place[k], past[k]);
-  for (int64_t first = w.begin; first < w.end; first += 8) {
-    float x[8][V];  // in flight together
+  load_taps<W>(a, w, tap, bias);
+  load_places<how>(a, w, place, past);
+  Bits<V> next[batch];
+  const auto fetch_from = [&](int64_t first) {
     SEQLIB_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      load<V>(a.x.data, a.x.dtype, at(a.x, w, first + j), first + j < w.end ? w.valid : 0, x[j]);
-    }
+    for (int j = 0; j < batch; ++j)
+      next[j] = fetch<how, V>(a.x.data, a.x.dtype, at(a.x, w, first + j), first + j < w.end ? w.valid : 0);
+  };
+  fetch_from(w.begin);
+  for (int64_t first = w.begin; first < w.end; first += batch) {
+    float x[batch][V];
+    int32_t link[batch];
     SEQLIB_UNROLL
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < batch; ++j) link[j] = first + j < w.end ? before(a, w.row, first + j) : link_pad;
+    SEQLIB_UNROLL
+    for (int j = 0; j < batch; ++j) unpack(next[j], a.x.dtype, x[j]);
+    fetch_from(first + batch);
+    SEQLIB_UNROLL
+    for (int j = 0; j < batch; ++j) {
       const int64_t t = first + j;
-      const int32_t link = t < w.end ? before(a, w.row, t) : link_pad;
       float y[V] = {};
-      if (link != link_pad) {
-        if (link == link_fresh) {
+      if (link[j] != link_pad) {
+        if (link[j] == link_fresh) {
           SEQLIB_UNROLL
           for (int k = 0; k + 1 < W; ++k) clear(past[k]);
         }
@@ -137,28 +161,33 @@ SEQLIB_GLOBAL(kThreads, W <= 4 ? 4 : 2) conv_forward(const ConvArgs a) {
         }
         shift(past, x[j]);
       }
-      if (t < w.end) store<V>(a.y, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, w.valid, y);
+      put<how>(a.y, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, t < w.end ? w.valid : 0, y);
     }
   }
   if (w.begin < a.seqlen && w.end == a.seqlen) {
     places_before(a, w.row, a.seqlen, place);
+    load_places<how>(a, w, place, past);
     SEQLIB_UNROLL
     for (int k = 0; k + 1 < W; ++k) {
       const int slot = k - (W - a.width);
-      float v[V];
-      load_place(a, w, place[k], v);
-      if (slot >= 0) store<V>(a.final, a.x.dtype, (w.row * (a.width - 1) + slot) * a.d + w.channel, w.valid, v);
+      if (slot >= 0) store<V>(a.final, a.x.dtype, (w.row * (a.width - 1) + slot) * a.d + w.channel, w.valid, past[k]);
     }
   }
 }
 
 template <int W>
+SEQLIB_GLOBAL(kThreads, W <= 4 ? 3 : 2) conv_forward(const ConvArgs a) {
+  const Walk w(a);
+  with_access(whole(a), a.x.dtype, [&](auto as) { walk_forward<W, decltype(as)::how>(a, w); });
+}
+
+template <int W, Access how>
 struct Gradient {
   float tap[W][V], bias[V], past[W - 1][V], waiting[W - 1][V], dtap[W + 1][V];
   int32_t place[W - 1];  // of the inputs whose gradients wait; kNowhere if another warp writes them
 
   SEQLIB_DEVICE void release(const ConvArgs& a, const Walk& w, int32_t to, const float (&v)[V]) {
-    if (to >= 0) store<V>(a.dx, a.x.dtype, (w.row * a.seqlen + to) * a.d + w.channel, w.valid, v);
+    put<how>(a.dx, a.x.dtype, (w.row * a.seqlen + to) * a.d + w.channel, to >= 0 ? w.valid : 0, v);
     if (to <= kSlots && a.dstate)
       store<V>(a.dstate, a.x.dtype, (w.row * (a.width - 1) + (kSlots - to)) * a.d + w.channel, w.valid, v);
   }
@@ -175,9 +204,9 @@ struct Gradient {
 
   SEQLIB_DEVICE void begin(const ConvArgs& a, const Walk& w, int64_t t) {
     places_before(a, w.row, t, place);
+    load_places<how>(a, w, place, past);
     SEQLIB_UNROLL
     for (int k = 0; k + 1 < W; ++k) {
-      load_place(a, w, place[k], past[k]);
       clear(waiting[k]);
       // Inputs before this walk are another warp's, and the initial state is of the one with the row's first token.
       if (place[k] >= 0 || before(a, w.row, t) != link_none) place[k] = kNowhere;
@@ -195,7 +224,7 @@ struct Gradient {
       SEQLIB_UNROLL
       for (int k = 0; k + 1 < W; ++k) {
         waiting[k][i] += tap[k][i] * d;
-        dtap[k][i] += own && k >= W - a.width ? past[k][i] * d : 0.0f;
+        dtap[k][i] += own && (W < conv_max_width || k >= W - a.width) ? past[k][i] * d : 0.0f;
       }
       dtap[W - 1][i] += own ? x[i] * d : 0.0f;
       dtap[W][i] += own ? d : 0.0f;
@@ -210,34 +239,46 @@ struct Gradient {
   }
 };
 
-template <int W>
-SEQLIB_GLOBAL(kThreads, 2) conv_backward(const ConvArgs a) {
-  const Walk w(a);
-  Gradient<W> g;
+template <int W, Access how>
+SEQLIB_DEVICE void walk_backward(const ConvArgs& a, const Walk& w, float (&dtap)[W + 1][V]) {
+  constexpr int batch = W <= 4 ? 4 : 2;  // inputs and gradients on their way together
+  Gradient<W, how> g;
   load_taps<W>(a, w, g.tap, g.bias);
   SEQLIB_UNROLL
   for (int k = 0; k <= W; ++k) clear(g.dtap[k]);
+  Bits<V> next_x[batch], next_dy[batch];
+  const auto fetch_from = [&](int64_t first) {
+    SEQLIB_UNROLL
+    for (int j = 0; j < batch; ++j) {
+      const int valid = first + j < w.end ? w.valid : 0;
+      next_x[j] = fetch<how, V>(a.x.data, a.x.dtype, at(a.x, w, first + j), valid);
+      next_dy[j] = fetch<how, V>(a.dy.data, a.dy.dtype, at(a.dy, w, first + j), valid);
+    }
+  };
+  fetch_from(w.begin);
   int64_t last = first_real(a, w);
   if (last < w.end) g.begin(a, w, last);
-  for (int64_t first = w.begin; first < w.end; first += 4) {
-    float x[4][V], dy[4][V];  // in flight together
+  for (int64_t first = w.begin; first < w.end; first += batch) {
+    float x[batch][V], dy[batch][V];
+    int32_t link[batch];
     SEQLIB_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int valid = first + j < w.end ? w.valid : 0;
-      load<V>(a.x.data, a.x.dtype, at(a.x, w, first + j), valid, x[j]);
-      load<V>(a.dy.data, a.dy.dtype, at(a.dy, w, first + j), valid, dy[j]);
+    for (int j = 0; j < batch; ++j) link[j] = first + j < w.end ? before(a, w.row, first + j) : link_pad;
+    SEQLIB_UNROLL
+    for (int j = 0; j < batch; ++j) {
+      unpack(next_x[j], a.x.dtype, x[j]);
+      unpack(next_dy[j], a.dy.dtype, dy[j]);
     }
+    fetch_from(first + batch);
     SEQLIB_UNROLL
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < batch; ++j) {
       const int64_t t = first + j;
-      const int32_t link = t < w.end ? before(a, w.row, t) : link_pad;
-      if (link != link_pad) {
-        if (link == link_fresh) g.release_all(a, w);
+      if (link[j] != link_pad) {
+        if (link[j] == link_fresh) g.release_all(a, w);
         g.step(a, w, t, x[j], dy[j], true);
         last = t;
       } else if (t < w.end) {
         const float zero[V] = {};
-        store<V>(a.dx, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, w.valid, zero);
+        put<how>(a.dx, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, w.valid, zero);
       }
     }
   }
@@ -245,17 +286,30 @@ SEQLIB_GLOBAL(kThreads, 2) conv_backward(const ConvArgs a) {
     int32_t t = after(a, w.row, last);
     for (int k = 1; k < a.width && t >= 0; ++k) {
       float x[V], dy[V];
-      load<V>(a.x.data, a.x.dtype, at(a.x, w, t), w.valid, x);
-      load<V>(a.dy.data, a.dy.dtype, at(a.dy, w, t), w.valid, dy);
+      const Bits<V> x_bits = fetch<how, V>(a.x.data, a.x.dtype, at(a.x, w, t), w.valid);
+      const Bits<V> dy_bits = fetch<how, V>(a.dy.data, a.dy.dtype, at(a.dy, w, t), w.valid);
+      unpack(x_bits, a.x.dtype, x);
+      unpack(dy_bits, a.dy.dtype, dy);
       g.step(a, w, t, x, dy, false);
       t = after(a, w.row, t);
     }
     g.release_all(a, w);
   }
+  SEQLIB_UNROLL
+  for (int k = 0; k <= W; ++k) {
+    SEQLIB_UNROLL
+    for (int i = 0; i < V; ++i) dtap[k][i] = g.dtap[k][i];
+  }
+}
 
+template <int W>
+SEQLIB_GLOBAL(kThreads, W <= 4 ? 3 : 2) conv_backward(const ConvArgs a) {
+  const Walk w(a);
+  float dtap[W + 1][V];
+  with_access(whole(a), a.x.dtype, [&](auto as) { walk_backward<W, decltype(as)::how>(a, w, dtap); });
   auto sums = shared_memory<float[W + 1][conv_channels]>();  // of each warp
   SEQLIB_UNROLL
-  for (int k = 0; k <= W; ++k) store<V>(&sums[thread_index() / 32][k][thread_index() % 32 * V], V, g.dtap[k]);
+  for (int k = 0; k <= W; ++k) store<V>(&sums[thread_index() / 32][k][thread_index() % 32 * V], V, dtap[k]);
   sync_block();
   const int64_t channel = w.channel - thread_index() % 32 * V + thread_index();
   SEQLIB_UNROLL
@@ -341,11 +395,19 @@ int64_t blocks(const ConvArgs& a) {
 }  // namespace
 
 void start_causal_conv1d_fwd(const ConvArgs& a, Stream stream) {
-  return a.width <= 4 ? forward<4>(a, blocks(a), stream) : forward<8>(a, blocks(a), stream);
+  switch (a.width) {
+    case 3: return forward<3>(a, blocks(a), stream);
+    case 4: return forward<4>(a, blocks(a), stream);
+    default: return forward<conv_max_width>(a, blocks(a), stream);
+  }
 }
 
 void start_causal_conv1d_bwd(const ConvArgs& a, Stream stream) {
-  return a.width <= 4 ? backward<4>(a, blocks(a), stream) : backward<8>(a, blocks(a), stream);
+  switch (a.width) {
+    case 3: return backward<3>(a, blocks(a), stream);
+    case 4: return backward<4>(a, blocks(a), stream);
+    default: return backward<conv_max_width>(a, blocks(a), stream);
+  }
 }
 
 void start_causal_conv1d_step(const ConvStepArgs& a, Stream stream) {

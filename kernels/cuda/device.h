@@ -10,12 +10,15 @@
 #define SEQLIB_DEVICE inline
 #define SEQLIB_GLOBAL(threads, blocks_per_sm) void
 #define SEQLIB_UNROLL
+#define SEQLIB_UNROLL_BY(count)
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define SEQLIB_DEVICE __device__ __forceinline__
 #define SEQLIB_GLOBAL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
 #define SEQLIB_UNROLL _Pragma("unroll")
+#define SEQLIB_PRAGMA(words) _Pragma(#words)
+#define SEQLIB_UNROLL_BY(count) SEQLIB_PRAGMA(unroll count)
 #endif
 
 #include "view.h"
@@ -124,6 +127,7 @@ SEQLIB_DEVICE float f16_to_float(uint16_t bits) { return __half2float(__ushort_a
 SEQLIB_DEVICE uint16_t float_to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 SEQLIB_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 SEQLIB_DEVICE uint16_t float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+SEQLIB_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 
 #endif
 
@@ -193,6 +197,119 @@ SEQLIB_DEVICE void store(T* p, int valid, const float (&v)[V]) {
   }
 }
 
+// V floats where one access is known to do, such as in a tile in shared memory.
+template <int V>
+SEQLIB_DEVICE void load_tile(const float* p, float (&v)[V]) {
+  const auto pack = *reinterpret_cast<const Pack<float, V>*>(p);
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) v[i] = pack.v[i];
+}
+
+template <int V>
+SEQLIB_DEVICE void store_tile(float* p, const float (&v)[V]) {
+  Pack<float, V> pack;
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) pack.v[i] = v[i];
+  *reinterpret_cast<Pack<float, V>*>(p) = pack;
+}
+
+// The bits of V elements. What is fetched one after another is under way together; unpacking waits for it.
+template <int V>
+struct Bits {
+  uint32_t word[V];
+};
+
+// How they may be fetched: in one access, of elements of 4 or 2 bytes, or one by one.
+enum class Access { four, two, single };
+template <Access how_>
+struct As {
+  static constexpr Access how = how_;
+};
+
+// Calls f(As<how>{}), the same for all threads.
+template <class F>
+SEQLIB_DEVICE void with_access(bool whole, Dtype dtype, F&& f) {
+  if (!whole) f(As<Access::single>{});
+  else if (dtype == Dtype::f32) f(As<Access::four>{});
+  else f(As<Access::two>{});
+}
+
+// Whether all vectors of V elements that begin at multiples of V along the last axis may be fetched in one access.
+template <int V>
+SEQLIB_DEVICE bool in_vectors(const View& v) {
+  const int64_t size = v.dtype == Dtype::f32 ? 4 : 2, steps = v.batch | v.row | v.group;
+  return ((static_cast<int64_t>(reinterpret_cast<uintptr_t>(v.data)) | steps * size) & (V * size - 1)) == 0;
+}
+
+template <Access how, int V>
+SEQLIB_DEVICE Bits<V> fetch(const void* data, Dtype dtype, int64_t at, int valid) {
+  Bits<V> bits = {};
+  if (valid > 0) {
+    if constexpr (how == Access::single) {
+      SEQLIB_UNROLL
+      for (int i = 0; i < V; ++i) {
+        if (i < valid) {
+          if (dtype == Dtype::f32) bits.word[i] = static_cast<const uint32_t*>(data)[at + i];
+          else bits.word[i / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at + i]) << 16 * (i % 2);
+        }
+      }
+    } else {
+      constexpr int words = how == Access::four ? V : V / 2;
+      using Whole = Pack<uint32_t, words>;
+      const auto* from = static_cast<const char*>(data) + at * (how == Access::four ? 4 : 2);
+      const Whole pack = *reinterpret_cast<const Whole*>(from);
+      SEQLIB_UNROLL
+      for (int i = 0; i < words; ++i) bits.word[i] = pack.v[i];
+    }
+  }
+  return bits;
+}
+
+SEQLIB_DEVICE uint32_t bf16_pair(float low, float high) {
+#ifdef SEQLIB_EMULATED
+  return float_to_bf16(low) | static_cast<uint32_t>(float_to_bf16(high)) << 16;
+#else
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#endif
+}
+
+// Writes v as `fetch` reads it.
+template <Access how, int V>
+SEQLIB_DEVICE void put(void* data, Dtype dtype, int64_t at, int valid, const float (&v)[V]) {
+  if (valid <= 0) return;
+  if constexpr (how == Access::single) {
+    SEQLIB_UNROLL
+    for (int i = 0; i < V; ++i) {
+      if (i >= valid) break;
+      if (dtype == Dtype::f32) static_cast<float*>(data)[at + i] = v[i];
+      else static_cast<uint16_t*>(data)[at + i] = dtype == Dtype::bf16 ? float_to_bf16(v[i]) : float_to_f16(v[i]);
+    }
+  } else {
+    constexpr int words = how == Access::four ? V : V / 2;
+    Pack<uint32_t, words> pack;
+    SEQLIB_UNROLL
+    for (int i = 0; i < words; ++i) {
+      if constexpr (how == Access::four) pack.v[i] = float_bits(v[i]);
+      else if (dtype == Dtype::bf16) pack.v[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
+      else pack.v[i] = float_to_f16(v[2 * i]) | static_cast<uint32_t>(float_to_f16(v[2 * i + 1])) << 16;
+    }
+    *reinterpret_cast<Pack<uint32_t, words>*>(static_cast<char*>(data) + at * (how == Access::four ? 4 : 2)) = pack;
+  }
+}
+
+template <int V>
+SEQLIB_DEVICE void unpack(const Bits<V>& bits, Dtype dtype, float (&v)[V]) {
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) {
+    const uint32_t pair = bits.word[i / 2];
+    if (dtype == Dtype::f32) v[i] = bits_float(bits.word[i]);
+    else if (dtype == Dtype::bf16) v[i] = bits_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+    else v[i] = f16_to_float(static_cast<uint16_t>(i % 2 ? pair >> 16 : pair & 0xffffu));
+  }
+}
+
 // The same for a tensor whose dtype is known when it runs: the choice is one for all threads.
 template <int V>
 SEQLIB_DEVICE void load(const void* data, Dtype dtype, int64_t at, int valid, float (&v)[V]) {
@@ -226,7 +343,14 @@ SEQLIB_DEVICE void store_one(void* data, Dtype dtype, int64_t at, float value) {
 SEQLIB_DEVICE float sigmoid(float x) { return divide_fast(1.0f, 1.0f + exp_fast(-x)); }
 // exp(-x) overflows where silu is 0 anyway.
 SEQLIB_DEVICE float silu(float x) { return x < -80.0f ? 0.0f : x * sigmoid(x); }
-SEQLIB_DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+// max(x, 0) + log(1 + e), e = exp(-|x|), by the series of 2 atanh(e / (2 + e)), whose terms fall by a factor of nine.
+SEQLIB_DEVICE float softplus(float x) {
+  const float e = exp_fast(-fabsf(x)), s = divide_fast(e, 2.0f + e), s2 = s * s;
+  float series = 1.0f / 13.0f;
+  SEQLIB_UNROLL
+  for (int k = 11; k > 0; k -= 2) series = series * s2 + 1.0f / static_cast<float>(k);
+  return fmaxf(x, 0.0f) + 2.0f * s * series;
+}
 
 // Sums every v[i] over the `Lanes` lanes whose numbers differ in the bits Stride, 2 Stride, ... Lanes / 2 * Stride, half of
 // the values moving at each step. A lane keeps Count / Lanes sums: those of the elements

@@ -42,30 +42,48 @@ struct Task {
     const int64_t from = a.reverse ? t + 1 : t - 1;
     return from < 0 || from == a.seqlen ? link_none : static_cast<int32_t>(from);
   }
-  SEQLIB_DEVICE N decay(int64_t t, int32_t link) const {
-    if (link == link_pad) return N::one();
-    if (link == link_fresh) return N::zero();
-    return load_number<N>(a.a.data, a.a.dtype, row * a.a.batch + t * a.a.row + channel);
+  SEQLIB_DEVICE N decay(int64_t t) const {
+    const int32_t before = link(t);
+    Stored<N> at_t;
+    at_t.fetch(a.a.data, a.a.dtype, row * a.a.batch + t * a.a.row + channel, before >= link_none);
+    return factor(at_t, before);
+  }
+  SEQLIB_DEVICE N factor(const Stored<N>& stored, int32_t before) const {
+    return before == link_pad ? N::one() : before == link_fresh ? N::zero() : stored.number(a.a.dtype);
   }
   SEQLIB_DEVICE int64_t at(int64_t t) const { return (row * a.seqlen + t) * a.width + channel; }
 
-  // The map of one place, and the link of its token. Places beyond the end do nothing, as padding does.
-  SEQLIB_DEVICE Affine<N> map(int64_t place, int32_t& linked) const {
-    linked = link_pad;
-    if (!valid || place >= end) return Affine<N>::identity();
-    const int64_t t = position(place);
-    linked = link(t);
-    Affine<N> made = Affine<N>::identity();
-    if (!Back) made.a = decay(t, linked);
-    else if (place > 0) made.a = conj(decay(position(place - 1), link(position(place - 1))));
-    if (linked != link_pad) made.b = load_number<N>(a.b.data, a.b.dtype, row * a.b.batch + t * a.b.row + channel);
-    return made;
+  // The maps of the places from `first` on, and the links of their tokens. Places beyond the end do nothing, as padding
+  // does. Back: also the states that the tokens came from.
+  SEQLIB_DEVICE void fetch(int64_t first, Affine<N> (&map)[kSteps], int32_t (&linked)[kSteps], Stored<N> (&earlier)[kSteps]) const {
+    int32_t forgets[kSteps];  // the link of the token whose decay stands in the map
+    Stored<N> as[kSteps], bs[kSteps];
+    SEQLIB_UNROLL
+    for (int j = 0; j < kSteps; ++j) {
+      const int64_t place = first + j;
+      const bool inside = valid && place < end;
+      linked[j] = inside ? link(position(place)) : link_pad;
+      forgets[j] = !Back ? linked[j] : inside && place > 0 ? link(position(place - 1)) : link_pad;
+    }
+    SEQLIB_UNROLL
+    for (int j = 0; j < kSteps; ++j) {
+      const int64_t t = position(first + j), from = Back ? position(first + j - 1) : t;
+      as[j].fetch(a.a.data, a.a.dtype, row * a.a.batch + from * a.a.row + channel, forgets[j] >= link_none);
+      bs[j].fetch(a.b.data, a.b.dtype, row * a.b.batch + t * a.b.row + channel, linked[j] != link_pad);
+      if constexpr (Back) earlier[j].fetch(a.h, a.b.dtype, at(linked[j]), linked[j] >= 0);
+    }
+    SEQLIB_UNROLL
+    for (int j = 0; j < kSteps; ++j) {
+      map[j].a = factor(as[j], forgets[j]);
+      if constexpr (Back) map[j].a = conj(map[j].a);
+      map[j].b = linked[j] == link_pad ? N::zero() : bs[j].number(a.b.dtype);
+    }
   }
 };
 
 // Summarize: only the map of the whole segment.
 template <class N, bool Back, bool Summarize>
-SEQLIB_GLOBAL(kThreads, 2) scan(const PassArgs p) {
+SEQLIB_GLOBAL(kThreads, Back || sizeof(N) > 4 ? 1 : 2) scan(const PassArgs p) {
   const LinearArgs& a = p.of;
   const Task<N, Back> task(a);
   auto* room = shared_memory<Affine<N>>();
@@ -83,9 +101,9 @@ SEQLIB_GLOBAL(kThreads, 2) scan(const PassArgs p) {
   for (int64_t tile = task.begin; tile < task.end; tile += linear_scan_tile) {
     Affine<N> map[kSteps], mine = Affine<N>::identity();
     int32_t link[kSteps];
+    Stored<N> came_from[kSteps];
     const int64_t first = tile + warp * kSteps;
-    SEQLIB_UNROLL
-    for (int j = 0; j < kSteps; ++j) map[j] = task.map(first + j, link[j]);
+    task.fetch(first, map, link, came_from);
     SEQLIB_UNROLL
     for (int j = 0; j < kSteps; ++j) mine = mine.then(map[j]);
     const Composed<N> made = compose_warps<kWarps>(mine, room);
@@ -103,7 +121,7 @@ SEQLIB_GLOBAL(kThreads, 2) scan(const PassArgs p) {
           store_number<N>(a.out, a.b.dtype, task.at(t), real ? now : N::zero());
           if constexpr (Back) {
             N earlier = N::zero();  // the state before this token
-            if (link[j] >= 0) earlier = load_number<N>(a.h, a.b.dtype, task.at(link[j]));
+            if (link[j] >= 0) earlier = came_from[j].number(a.b.dtype);
             if (link[j] == link_none && p.before) earlier = static_cast<const N*>(p.before)[state];
             const N da = real ? now * conj(earlier) : N::zero();
             if (constant) da_sum = da_sum + da;
@@ -120,7 +138,7 @@ SEQLIB_GLOBAL(kThreads, 2) scan(const PassArgs p) {
     if (task.valid && warp == 0 && task.end == a.seqlen) {
       if constexpr (Back) {
         const int64_t t = task.position(a.seqlen - 1);
-        h = conj(task.decay(t, task.link(t))) * h;
+        h = conj(task.decay(t)) * h;
       }
       static_cast<N*>(a.final)[state] = h;
     }

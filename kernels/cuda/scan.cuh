@@ -24,12 +24,27 @@ SEQLIB_DEVICE Complex operator*(Complex x, Complex y) { return {x.re * y.re - x.
 SEQLIB_DEVICE Complex operator+(Complex x, Complex y) { return {x.re + y.re, x.im + y.im}; }
 SEQLIB_DEVICE Complex conj(Complex x) { return {x.re, -x.im}; }
 
-// One number of a tensor. Complex ones are pairs of float32.
+// One number of a tensor, first its bits: fetched one after another they are under way together. Complex numbers are
+// pairs of float32.
 template <class N>
-SEQLIB_DEVICE N load_number(const void* data, Dtype dtype, int64_t at) {
-  if constexpr (sizeof(N) == sizeof(Real)) return {load_one(data, dtype, at)};
-  else return static_cast<const N*>(data)[at];
-}
+struct Stored {
+  Bits<sizeof(N) / 4> bits;
+
+  SEQLIB_DEVICE void fetch(const void* data, Dtype dtype, int64_t at, bool wanted) {
+    if constexpr (sizeof(N) == sizeof(Real)) bits = seqlib::fetch<Access::single, 1>(data, dtype, at, wanted);
+    else bits = seqlib::fetch<Access::four, 2>(data, Dtype::f32, 2 * at, wanted);
+  }
+  SEQLIB_DEVICE N number(Dtype dtype) const {
+    float v[sizeof(N) / 4];
+    if constexpr (sizeof(N) == sizeof(Real)) {
+      unpack(bits, dtype, v);
+      return {v[0]};
+    } else {
+      unpack(bits, Dtype::f32, v);
+      return {v[0], v[1]};
+    }
+  }
+};
 template <class N>
 SEQLIB_DEVICE void store_number(void* data, Dtype dtype, int64_t at, N value) {
   if constexpr (sizeof(N) == sizeof(Real)) store_one(data, dtype, at, value.re);

@@ -27,54 +27,83 @@ struct Backward {
     float part[kWarps][2][steps][N];         // dB and dC of each warp
   };
 
-  static SEQLIB_DEVICE void prepare(const ScanBackArgs& b, const ScanTask& task, int64_t t, uint32_t real, Tile& tile) {
+  using Place = Spread<channels, kTile>;
+
+  static SEQLIB_DEVICE void prepare(const ScanBackArgs& b, const ScanTask& task, const Whole& whole, int64_t t, uint32_t real, Tile& tile) {
     const ScanArgs& a = b.of;
-    each_vector<channels, kTile>(task, [&](int step, int channel, int valid) {
-      float delta[kScanVector] = {}, x[kScanVector] = {}, g[kScanVector] = {};
-      if (real >> step & 1 && valid > 0) {
-        const int64_t c = task.first + channel;
-        float z[kScanVector];
-        load_delta(a, at(a.dt, task.row, t + step, c), c, valid, delta);
-        load<kScanVector>(a.x.data, a.x.dtype, at(a.x, task.row, t + step, c), valid, x);
-        load<kScanVector>(b.dy.data, b.dy.dtype, at(b.dy, task.row, t + step, c), valid, g);
-        if (a.z.data) {
-          load<kScanVector>(a.z.data, a.z.dtype, at(a.z, task.row, t + step, c), valid, z);
-          SEQLIB_UNROLL
-          for (int i = 0; i < kScanVector; ++i) g[i] *= silu(z[i]);
+    Rows<N, kTile> B, C;
+    const auto settle = [&](const auto& dt, const auto& x_, const auto& dy, const auto& z_) {
+      Place::each_vector([&](int j, int step, int channel) {
+        const int valid = task.channels - channel;
+        float delta[kScanVector] = {}, x[kScanVector] = {}, g[kScanVector] = {};
+        if (real >> step & 1 && valid > 0) {
+          unpack_delta(a, dt[j], task.first + channel, valid, delta);
+          unpack(x_[j], a.x.dtype, x);
+          unpack(dy[j], b.dy.dtype, g);
+          if (a.z.data) {
+            float z[kScanVector];
+            unpack(z_[j], a.z.dtype, z);
+            SEQLIB_UNROLL
+            for (int i = 0; i < kScanVector; ++i) g[i] *= silu(z[i]);
+          }
         }
+        store_tile(&tile.delta[step][channel], delta);
+        store_tile(&tile.x[step][channel], x);
+        store_tile(&tile.g[step][channel], g);
+      });
+    };
+    const auto from = [&](const View& v) { return at(v, task.row, t, task.first); };
+    const int64_t rows = a.seqlen - t;
+    with_access(whole.tokens && in_vectors<kScanVector>(b.dy), a.x.dtype, [&](auto as) {
+      constexpr Access how = decltype(as)::how;
+      typename Place::Fetched dt, x, dy, z;
+      Place::template fetch<how>(dt, a.dt, from(a.dt), rows, task.channels);
+      Place::template fetch<how>(x, a.x, from(a.x), rows, task.channels);
+      Place::template fetch<how>(dy, b.dy, from(b.dy), rows, task.channels);
+      if (a.z.data) Place::template fetch<how>(z, a.z, from(a.z), rows, task.channels);
+      if constexpr (N <= 32) {
+        B.fetch(a, a.B, task, t, whole.B);
+        C.fetch(a, a.C, task, t, whole.C);
       }
-      store<kScanVector>(&tile.delta[step][channel], kScanVector, delta);
-      store<kScanVector>(&tile.x[step][channel], kScanVector, x);
-      store<kScanVector>(&tile.g[step][channel], kScanVector, g);
+      settle(dt, x, dy, z);
     });
-    stage<N, kTile>(a, a.B, task, t, real, tile.B[0]);
-    stage<N, kTile>(a, a.C, task, t, real, tile.C[0]);
+    if constexpr (N > 32) B.fetch(a, a.B, task, t, whole.B);
+    B.settle(a.B.dtype, real, tile.B[0]);
+    if constexpr (N > 32) C.fetch(a, a.C, task, t, whole.C);
+    C.settle(a.C.dtype, real, tile.C[0]);
   }
 
-  static SEQLIB_DEVICE void write(const ScanBackArgs& b, const ScanTask& task, int64_t t, uint32_t real, const Tile& tile) {
+  static SEQLIB_DEVICE void write(const ScanBackArgs& b, const ScanTask& task, const Whole& whole, int64_t t, uint32_t real, const Tile& tile) {
     const ScanArgs& a = b.of;
-    each_vector<channels, kTile>(task, [&](int step, int channel, int valid) {
-      if (t + step < task.end && valid > 0) {
-        const int64_t c = task.first + channel, to = (task.row * a.seqlen + t + step) * a.d_inner + c;
-        float v[kScanVector];
-        load<kScanVector>(&tile.x[step][channel], kScanVector, v);
-        store<kScanVector>(b.dx, a.x.dtype, to, valid, v);
-        load<kScanVector>(&tile.delta[step][channel], kScanVector, v);
-        store<kScanVector>(b.ddt, a.x.dtype, to, valid, v);
-        if (b.dz) {
-          float z[kScanVector] = {}, dy[kScanVector] = {};
+    const auto place = [&](int step, int channel) { return (task.row * a.seqlen + t + step) * a.d_inner + task.first + channel; };
+    const auto inside = [&](int step, int channel) { return t + step < task.end ? task.channels - channel : 0; };
+    if (b.dz) {
+      with_access(whole.tokens && in_vectors<kScanVector>(b.dy), a.x.dtype, [&](auto as) {
+        constexpr Access how = decltype(as)::how;
+        typename Place::Fetched dys, zs;
+        Place::template fetch<how>(dys, b.dy, at(b.dy, task.row, t, task.first), a.seqlen - t, task.channels);
+        Place::template fetch<how>(zs, a.z, at(a.z, task.row, t, task.first), a.seqlen - t, task.channels);
+        Place::each_vector([&](int j, int step, int channel) {
+          float dz[kScanVector] = {}, dy[kScanVector], z[kScanVector];
           if (real >> step & 1) {
-            load<kScanVector>(a.z.data, a.z.dtype, at(a.z, task.row, t + step, c), valid, z);
-            load<kScanVector>(b.dy.data, b.dy.dtype, at(b.dy, task.row, t + step, c), valid, dy);
+            unpack(zs[j], a.z.dtype, z);
+            unpack(dys[j], b.dy.dtype, dy);
+            SEQLIB_UNROLL
+            for (int i = 0; i < kScanVector; ++i) {
+              const float gate = sigmoid(z[i]);
+              dz[i] = z[i] < -80.0f ? 0.0f : dy[i] * tile.g[step][channel + i] * gate * (1.0f + z[i] * (1.0f - gate));
+            }
           }
-          SEQLIB_UNROLL
-          for (int i = 0; i < kScanVector; ++i) {
-            const float gate = sigmoid(z[i]);
-            v[i] = z[i] < -80.0f ? 0.0f : dy[i] * tile.g[step][channel + i] * gate * (1.0f + z[i] * (1.0f - gate));
-          }
-          store<kScanVector>(b.dz, a.x.dtype, to, valid, v);
-        }
-      }
+          store<kScanVector>(b.dz, a.x.dtype, place(step, channel), inside(step, channel), dz);
+        });
+      });
+    }
+    Place::each_vector([&](int, int step, int channel) {
+      float v[kScanVector];
+      load_tile(&tile.x[step][channel], v);
+      store<kScanVector>(b.dx, a.x.dtype, place(step, channel), inside(step, channel), v);
+      load_tile(&tile.delta[step][channel], v);
+      store<kScanVector>(b.ddt, a.x.dtype, place(step, channel), inside(step, channel), v);
     });
   }
 };
@@ -95,6 +124,7 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_backward(const ScanBackArgs b) {
   const ScanArgs& a = b.of;
   auto& tile = *shared_memory<typename W::Tile>();
   const ScanTask task(a, W::channels);
+  const Whole whole(a, task);
   const Lane<S, G, K> me;
   const int64_t width = a.d_inner * a.d_state, place = task.row * a.segments + task.segment;
   const int64_t parts = b.parts, part = (task.first - task.group * (a.d_inner / a.groups)) / W::channels;
@@ -116,24 +146,28 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_backward(const ScanBackArgs b) {
 
   for (int64_t t = task.begin + (task.end - 1 - task.begin) / kTile * kTile; t >= task.begin; t -= kTile) {
     const Marks marks(a, task.row, t, kTile);
-    W::prepare(b, task, t, marks.real, tile);
+    float kept[K][S] = {};
+    SEQLIB_UNROLL
+    for (int k = 0; k < K; ++k) {
+      if (me.channel(k) < task.channels)
+        load_states(a.checkpoints + (task.row * checkpoints + t / kTile) * width + (task.first + me.channel(k)) * a.d_state,
+                    a.d_state, me.n, kept[k]);
+    }
+    W::prepare(b, task, whole, t, marks.real, tile);
     sync_block();
     SEQLIB_UNROLL
     for (int k = 0; k < K; ++k) {  // the states before each piece
       const int channel = me.channel(k);
-      float h[S] = {};
-      if (channel < task.channels)
-        load_states(a.checkpoints + (task.row * checkpoints + t / kTile) * width + (task.first + channel) * a.d_state,
-                    a.d_state, me.n, h);
+      float(&h)[S] = kept[k];
       for (int piece = 0; piece < W::pieces; ++piece) {
-        store<S>(tile.h[k][piece][thread_index()], S, h);
+        store_tile(tile.h[k][piece][thread_index()], h);
         SEQLIB_UNROLL
         for (int j = 0; j < steps; ++j) {
           const int step = piece * steps + j;
           const float delta = tile.delta[step][channel], input = delta * tile.x[step][channel];
           const float forget = marks.fresh >> step & 1 ? -INFINITY : 0.0f;
           float B[S];
-          load<S>(&tile.B[step][me.n], S, B);
+          load_tile(&tile.B[step][me.n], B);
           SEQLIB_UNROLL
           for (int s = 0; s < S; ++s) h[s] = exp2_fast(delta * A[k][s] + forget) * h[s] + input * B[s];
         }
@@ -145,14 +179,14 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_backward(const ScanBackArgs b) {
       for (int k = 0; k < K; ++k) {
         const int channel = me.channel(k);
         float h[steps + 1][S], decay[steps][S], y[steps], s_sum[steps], m_sum[steps];
-        load<S>(tile.h[k][piece][thread_index()], S, h[0]);
+        load_tile(tile.h[k][piece][thread_index()], h[0]);
         SEQLIB_UNROLL
         for (int j = 0; j < steps; ++j) {
           const int step = piece * steps + j;
           const float delta = tile.delta[step][channel], input = delta * tile.x[step][channel];
           const float forget = marks.fresh >> step & 1 ? -INFINITY : 0.0f;
           float B[S];
-          load<S>(&tile.B[step][me.n], S, B);
+          load_tile(&tile.B[step][me.n], B);
           SEQLIB_UNROLL
           for (int s = 0; s < S; ++s) {
             decay[j][s] = exp2_fast(delta * A[k][s] + forget);
@@ -164,8 +198,8 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_backward(const ScanBackArgs b) {
           const int step = piece * steps + j;
           const float delta = tile.delta[step][channel], input = delta * tile.x[step][channel], g = tile.g[step][channel];
           float B[S], C[S];
-          load<S>(&tile.B[step][me.n], S, B);
-          load<S>(&tile.C[step][me.n], S, C);
+          load_tile(&tile.B[step][me.n], B);
+          load_tile(&tile.C[step][me.n], C);
           y[j] = s_sum[j] = m_sum[j] = 0.0f;
           SEQLIB_UNROLL
           for (int s = 0; s < S; ++s) {
@@ -221,7 +255,7 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_backward(const ScanBackArgs b) {
       }
       sync_block();
     }
-    W::write(b, task, t, marks.real, tile);
+    W::write(b, task, whole, t, marks.real, tile);
     sync_block();
   }
   SEQLIB_UNROLL
@@ -246,6 +280,7 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_summarize_back(const ScanBackArgs b) {
   const ScanArgs& a = b.of;
   auto& tile = *shared_memory<typename W::Tile>();
   const ScanTask task(a, W::channels);
+  const Whole whole(a, task);
   const Lane<S, G, K> me;
   const int64_t place = task.row * a.segments + task.segment;
   float A[K][S] = {}, aq[K][S] = {}, sum[K] = {};
@@ -257,12 +292,12 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_summarize_back(const ScanBackArgs b) {
   }
   for (int64_t t = task.begin + (task.end - 1 - task.begin) / kTile * kTile; t >= task.begin; t -= kTile) {
     const Marks marks(a, task.row, t, kTile);
-    W::prepare(b, task, t, marks.real, tile);
+    W::prepare(b, task, whole, t, marks.real, tile);
     sync_block();
     for (int step = kTile - 1; step >= 0; --step) {
       const bool fresh = marks.fresh >> step & 1;
       float C[S];
-      load<S>(&tile.C[step][me.n], S, C);
+      load_tile(&tile.C[step][me.n], C);
       SEQLIB_UNROLL
       for (int k = 0; k < K; ++k) {
         const float delta = tile.delta[step][me.channel(k)], g = tile.g[step][me.channel(k)];

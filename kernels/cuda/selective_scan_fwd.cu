@@ -11,6 +11,8 @@ namespace {
 template <int S, int G>
 struct Forward {
   static constexpr int N = S * G, channels = kScanThreads / G, steps = N == 128 ? 16 : 32;
+  static constexpr bool ahead = N <= 128;  // rows of B and C fit into registers beside the rest
+  using Place = Spread<channels, steps>;
 
   struct Tile {
     float in[steps][channels][2];   // delta, delta * x
@@ -18,33 +20,55 @@ struct Forward {
     float B[steps][N], C[steps][N];
   };
 
-  static SEQLIB_DEVICE void prepare(const ScanArgs& a, const ScanTask& task, int64_t t, uint32_t real, Tile& tile) {
-    each_vector<channels, steps>(task, [&](int step, int channel, int valid) {
+  // What comes from memory for a tile, on its way while the tile before is worked on.
+  typename Place::Fetched dt, x, z;
+  Rows<N, steps> B, C;
+
+  SEQLIB_DEVICE void fetch(const ScanArgs& a, const ScanTask& task, const Whole& whole, int64_t t) {
+    with_access(whole.tokens, a.x.dtype, [&](auto as) {
+      constexpr Access how = decltype(as)::how;
+      const int64_t rows = a.seqlen - t;
+      Place::template fetch<how>(dt, a.dt, at(a.dt, task.row, t, task.first), rows, task.channels);
+      Place::template fetch<how>(x, a.x, at(a.x, task.row, t, task.first), rows, task.channels);
+      if (a.z.data) Place::template fetch<how>(z, a.z, at(a.z, task.row, t, task.first), rows, task.channels);
+    });
+    if constexpr (ahead) {
+      B.fetch(a, a.B, task, t, whole.B);
+      C.fetch(a, a.C, task, t, whole.C);
+    }
+  }
+
+  SEQLIB_DEVICE void settle(const ScanArgs& a, const ScanTask& task, const Whole& whole, int64_t t, uint32_t real, Tile& tile) {
+    Place::each_vector([&](int j, int step, int channel) {
+      const int valid = task.channels - channel;
       float in[2 * kScanVector] = {}, out[2 * kScanVector] = {};
       if (real >> step & 1 && valid > 0) {
         const int64_t c = task.first + channel;
-        float delta[kScanVector], x[kScanVector], z[kScanVector];
-        load_delta(a, at(a.dt, task.row, t + step, c), c, valid, delta);
-        load<kScanVector>(a.x.data, a.x.dtype, at(a.x, task.row, t + step, c), valid, x);
-        if (a.z.data) load<kScanVector>(a.z.data, a.z.dtype, at(a.z, task.row, t + step, c), valid, z);
+        float delta[kScanVector], x_[kScanVector], z_[kScanVector];
+        unpack_delta(a, dt[j], c, valid, delta);
+        unpack(x[j], a.x.dtype, x_);
+        if (a.z.data) unpack(z[j], a.z.dtype, z_);
         SEQLIB_UNROLL
         for (int i = 0; i < kScanVector; ++i) {
-          const float gate = a.z.data ? silu(z[i]) : 1.0f;
+          const float gate = a.z.data ? silu(z_[i]) : 1.0f;
           in[2 * i] = delta[i];
-          in[2 * i + 1] = delta[i] * x[i];
+          in[2 * i + 1] = delta[i] * x_[i];
           out[2 * i] = gate;
-          out[2 * i + 1] = a.D && i < valid ? a.D[c + i] * x[i] * gate : 0.0f;
+          out[2 * i + 1] = a.D && i < valid ? a.D[c + i] * x_[i] * gate : 0.0f;
         }
       }
-      store<2 * kScanVector>(tile.in[step][channel], 2 * kScanVector, in);
-      store<2 * kScanVector>(tile.out[step][channel], 2 * kScanVector, out);
+      store_tile(tile.in[step][channel], in);
+      store_tile(tile.out[step][channel], out);
     });
-    stage<N, steps>(a, a.B, task, t, real, tile.B[0]);
-    stage<N, steps>(a, a.C, task, t, real, tile.C[0]);
+    if constexpr (!ahead) B.fetch(a, a.B, task, t, whole.B);
+    B.settle(a.B.dtype, real, tile.B[0]);
+    if constexpr (!ahead) C.fetch(a, a.C, task, t, whole.C);
+    C.settle(a.C.dtype, real, tile.C[0]);
   }
 
   static SEQLIB_DEVICE void write(const ScanArgs& a, const ScanTask& task, int64_t t, const Tile& tile) {
-    each_vector<channels, steps>(task, [&](int step, int channel, int valid) {
+    Place::each_vector([&](int, int step, int channel) {
+      const int valid = task.channels - channel;
       if (t + step < task.end && valid > 0) {
         float y[kScanVector];
         SEQLIB_UNROLL
@@ -53,6 +77,31 @@ struct Forward {
       }
     });
   }
+
+  // G positions from `first` on, one y for each lane of a channel. `fresh`: bits of those that begin a document.
+  template <bool Fresh>
+  static SEQLIB_DEVICE void advance(Tile& tile, int first, int channel, int lane, uint32_t fresh, const float (&A)[S], float (&h)[S]) {
+    float y[G];
+    SEQLIB_UNROLL
+    for (int j = 0; j < G; ++j) {
+      const int step = first + j;
+      float in[2], B[S], C[S];
+      load_tile(tile.in[step][channel], in);
+      load_tile(&tile.B[step][lane * S], B);
+      load_tile(&tile.C[step][lane * S], C);
+      y[j] = 0.0f;
+      SEQLIB_UNROLL
+      for (int s = 0; s < S; ++s) {
+        const float decay = exp2_fast(in[0] * A[s]);
+        h[s] = (Fresh && fresh >> j & 1 ? 0.0f : decay * h[s]) + in[1] * B[s];
+        y[j] += h[s] * C[s];
+      }
+    }
+    transposed_sum<G, 1, G>(y);
+    float out[2];
+    load_tile(tile.out[first + lane][channel], out);
+    tile.out[first + lane][channel][0] = y[0] * out[0] + out[1];
+  }
 };
 
 template <int S, int G>
@@ -60,9 +109,12 @@ SEQLIB_GLOBAL(kScanThreads, S <= 4 ? 4 : G < 32 ? 3 : 2) scan_forward(const Scan
   using F = Forward<S, G>;
   auto& tile = *shared_memory<typename F::Tile>();
   const ScanTask task(a, F::channels);
+  const Whole whole(a, task);
   const int lane = thread_index() % G, channel = thread_index() / G, n = lane * S;
   const bool valid = channel < task.channels;
   const int64_t c = task.first + channel, width = a.d_inner * a.d_state;
+  F next;
+  next.fetch(a, task, whole, task.begin);
 
   float A[S] = {}, h[S] = {};
   const float* entry = a.segments > 1 ? a.entries + (task.row * a.segments + task.segment) * width
@@ -80,32 +132,15 @@ SEQLIB_GLOBAL(kScanThreads, S <= 4 ? 4 : G < 32 ? 3 : 2) scan_forward(const Scan
     const Marks marks(a, task.row, t, F::steps);
     if (valid && a.checkpoints && t % kScanCheckpoint == 0)
       store_states(a.checkpoints + (task.row * kept + t / kScanCheckpoint) * width + c * a.d_state, a.d_state, n, h);
-    F::prepare(a, task, t, marks.real, tile);
+    next.settle(a, task, whole, t, marks.real, tile);
+    if (t + F::steps < task.end) next.fetch(a, task, whole, t + F::steps);
     sync_block();
     for (int first = 0; first < F::steps; first += G) {
-      float y[G];
-      SEQLIB_UNROLL
-      for (int j = 0; j < G; ++j) {
-        const int step = first + j;
-        const float delta = tile.in[step][channel][0], input = tile.in[step][channel][1];
-        const float forget = marks.fresh >> step & 1 ? -INFINITY : 0.0f;
-        float B[S], C[S];
-        load<S>(&tile.B[step][n], S, B);
-        load<S>(&tile.C[step][n], S, C);
-        y[j] = 0.0f;
-        SEQLIB_UNROLL
-        for (int s = 0; s < S; ++s) {
-          h[s] = exp2_fast(delta * A[s] + forget) * h[s] + input * B[s];
-          y[j] += h[s] * C[s];
-        }
-      }
-      transposed_sum<G, 1, G>(y);
-      float(&out)[2] = tile.out[first + lane][channel];
-      out[0] = y[0] * out[0] + out[1];
+      if (marks.fresh) F::template advance<true>(tile, first, channel, lane, marks.fresh >> first, A, h);
+      else F::template advance<false>(tile, first, channel, lane, 0, A, h);
     }
     sync_block();
     F::write(a, task, t, tile);
-    sync_block();
   }
   if (valid && task.end == a.seqlen) store_states(a.final + task.row * width + c * a.d_state, a.d_state, n, h);
 }
@@ -116,9 +151,12 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_summarize(const ScanArgs a) {
   using F = Forward<S, G>;
   auto& tile = *shared_memory<typename F::Tile>();
   const ScanTask task(a, F::channels);
+  const Whole whole(a, task);
   const int lane = thread_index() % G, channel = thread_index() / G, n = lane * S;
   const bool valid = channel < task.channels;
   const int64_t c = task.first + channel, place = task.row * a.segments + task.segment;
+  F next;
+  next.fetch(a, task, whole, task.begin);
 
   float A[S] = {}, h[S] = {}, sum = 0.0f;
   if (valid) load_states(a.A + c * a.d_state, a.d_state, n, A);
@@ -126,16 +164,18 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_summarize(const ScanArgs a) {
   for (int s = 0; s < S; ++s) A[s] *= kLog2e;
   for (int64_t t = task.begin; t < task.end; t += F::steps) {
     const Marks marks(a, task.row, t, F::steps);
-    F::prepare(a, task, t, marks.real, tile);
+    next.settle(a, task, whole, t, marks.real, tile);
+    if (t + F::steps < task.end) next.fetch(a, task, whole, t + F::steps);
     sync_block();
+    SEQLIB_UNROLL_BY(4)
     for (int step = 0; step < F::steps; ++step) {
-      const float delta = tile.in[step][channel][0], input = tile.in[step][channel][1];
       const bool fresh = marks.fresh >> step & 1;
-      sum += fresh ? INFINITY : delta;
-      float B[S];
-      load<S>(&tile.B[step][n], S, B);
+      float in[2], B[S];
+      load_tile(tile.in[step][channel], in);
+      load_tile(&tile.B[step][n], B);
+      sum += fresh ? INFINITY : in[0];
       SEQLIB_UNROLL
-      for (int s = 0; s < S; ++s) h[s] = exp2_fast(delta * A[s] + (fresh ? -INFINITY : 0.0f)) * h[s] + input * B[s];
+      for (int s = 0; s < S; ++s) h[s] = (fresh ? 0.0f : exp2_fast(in[0] * A[s]) * h[s]) + in[1] * B[s];
     }
     sync_block();
   }

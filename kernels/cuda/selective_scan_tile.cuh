@@ -48,19 +48,45 @@ SEQLIB_DEVICE int64_t at(const View& v, int64_t row, int64_t t, int64_t channel)
   return row * v.batch + t * v.row + channel;
 }
 
-// Calls f(step, channel of the block, valid channels) for the groups of four channels that this thread prepares.
-template <int Channels, int Steps, class F>
-SEQLIB_DEVICE void each_vector(const ScanTask& task, F&& f) {
-  constexpr int per_row = Channels / kScanVector;
-  for (int i = thread_index(); i < Steps * per_row; i += kScanThreads) {
-    const int channel = i % per_row * kScanVector;
-    f(i / per_row, channel, task.channels - channel);
+// Vectors of four elements in a tile of rows, as they are spread over the threads of a block.
+template <int Width, int Steps>
+struct Spread {
+  static constexpr int per_row = Width / kScanVector, all = Steps * per_row, each = (all + kScanThreads - 1) / kScanThreads;
+  using Fetched = Bits<kScanVector>[each];
+
+  // Calls f(number, step, first element) for those of this thread.
+  template <class F>
+  static SEQLIB_DEVICE void each_vector(F&& f) {
+    SEQLIB_UNROLL
+    for (int j = 0; j < each; ++j) {
+      const int i = thread_index() + j * kScanThreads;
+      if (all % kScanThreads == 0 || i < all) f(j, i / per_row, i % per_row * kScanVector);
+    }
   }
-}
+
+  // Rows of a tensor from `from` on, of which `rows` are inside the sequence and have `valid` elements.
+  template <Access how>
+  static SEQLIB_DEVICE void fetch(Fetched& to, const View& v, int64_t from, int64_t rows, int64_t valid) {
+    each_vector([&](int j, int step, int i) {
+      to[j] = seqlib::fetch<how, kScanVector>(v.data, v.dtype, from + step * v.row + i, step < rows ? static_cast<int>(valid - i) : 0);
+    });
+  }
+};
+
+// Which tensors of a call can be read by vectors.
+struct Whole {
+  bool tokens, B, C;
+
+  SEQLIB_DEVICE Whole(const ScanArgs& a, const ScanTask& task)
+      : tokens((task.first | task.channels) % kScanVector == 0 && in_vectors<kScanVector>(a.x) &&
+               in_vectors<kScanVector>(a.dt) && in_vectors<kScanVector>(a.z)),
+        B(a.d_state % kScanVector == 0 && in_vectors<kScanVector>(a.B)),
+        C(a.d_state % kScanVector == 0 && in_vectors<kScanVector>(a.C)) {}
+};
 
 // delta of four channels at a real token.
-SEQLIB_DEVICE void load_delta(const ScanArgs& a, int64_t from, int64_t channel, int valid, float (&delta)[kScanVector]) {
-  load<kScanVector>(a.dt.data, a.dt.dtype, from, valid, delta);
+SEQLIB_DEVICE void unpack_delta(const ScanArgs& a, const Bits<kScanVector>& bits, int64_t channel, int valid, float (&delta)[kScanVector]) {
+  unpack(bits, a.dt.dtype, delta);
   SEQLIB_UNROLL
   for (int i = 0; i < kScanVector; ++i) {
     if (a.dt_bias) delta[i] += i < valid ? a.dt_bias[channel + i] : 0.0f;
@@ -68,20 +94,27 @@ SEQLIB_DEVICE void load_delta(const ScanArgs& a, int64_t from, int64_t channel, 
   }
 }
 
-// Rows of B or C of a tile as float32, zero beyond d_state and where there is no token.
+// Rows of B or C of a tile.
 template <int N, int Steps>
-SEQLIB_DEVICE void stage(const ScanArgs& a, const View& from, const ScanTask& task, int64_t t, uint32_t real, float* to) {
-  constexpr int per_row = N / kScanVector;
-  for (int i = thread_index(); i < Steps * per_row; i += kScanThreads) {
-    const int step = i / per_row, n = i % per_row * kScanVector;
-    float v[kScanVector] = {};
-    const int64_t valid = a.d_state - n;
-    if (real >> step & 1)
-      load<kScanVector>(from.data, from.dtype, task.row * from.batch + (t + step) * from.row + task.group * from.group + n,
-                        static_cast<int>(valid < 0 ? 0 : valid), v);
-    store<kScanVector>(to + step * N + n, kScanVector, v);
+struct Rows {
+  using Place = Spread<N, Steps>;
+  typename Place::Fetched bits;
+
+  SEQLIB_DEVICE void fetch(const ScanArgs& a, const View& v, const ScanTask& task, int64_t t, bool whole) {
+    with_access(whole, v.dtype, [&](auto as) {
+      const int64_t from = task.row * v.batch + t * v.row + task.group * v.group;
+      Place::template fetch<decltype(as)::how>(bits, v, from, a.seqlen - t, a.d_state);
+    });
   }
-}
+  // As float32, zero beyond d_state and where there is no token.
+  SEQLIB_DEVICE void settle(Dtype dtype, uint32_t real, float* to) const {
+    Place::each_vector([&](int j, int step, int n) {
+      float v[kScanVector] = {};
+      if (real >> step & 1) unpack(bits[j], dtype, v);
+      store_tile(to + step * N + n, v);
+    });
+  }
+};
 
 // The S states of a lane in a tensor (..., d_inner, d_state) of float32.
 template <int S>
