@@ -258,7 +258,8 @@ def test_every_division_of_a_linear_map(split: int, dtype: torch.dtype, tune) ->
     g = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(70, 1560, generator=g).to(dtype), torch.randn(70, generator=g).to(dtype)
     tune(**{"linear.split": split})
-    for rows in (1, 2, 3, 8):
+    for rows, at_once in ((1, 8), (2, 8), (3, 8), (8, 8), (7, 2)):
+        tune(**{"linear.rows": at_once})
         x = torch.randn(8, 1600, generator=g).to(dtype)[:rows, :1560]
         tune(**{"emulation.backwards": 0})
         got = linear(x, weight, bias, backend="native")
@@ -292,7 +293,8 @@ def test_whole_steps_of_mamba2_equal_its_parts(
         for t in (norm.weight, mixer.D, *([mixer.norm_weight] if mixer.norm_weight is not None else [])):
             t.uniform_(0.5, 1.5)
         for added in (True, False):
-            for batch in (1, 3):
+            for batch, at_once in ((1, 8), (3, 2)):
+                tune(**{"linear.rows": at_once})
                 xs = torch.randn(4, batch, 72)
                 xs = xs if added else xs.to(dtype)
                 with use_backend("torch"):

@@ -4,7 +4,6 @@
 #include "linear.h"
 
 #include "overlap.h"
-#include "raw.h"
 
 namespace seqlib {
 namespace {
@@ -22,28 +21,21 @@ SEQLIB_DEVICE int place(int four) {
   return four / (32 * parts) * (32 * parts) + four % parts * 32 + four / parts % 32;
 }
 
-SEQLIB_DEVICE Pack<float, 4>& four_at(float* row, int four) { return reinterpret_cast<Pack<float, 4>*>(row)[four]; }
+template <class T>
+constexpr Dtype kDtype = Dtype::f32;
+template <>
+constexpr Dtype kDtype<bf16> = Dtype::bf16;
+template <>
+constexpr Dtype kDtype<f16> = Dtype::f16;
 
-// Four of the elements of a row that are left. Rows begin at multiples of 16 bytes unless V is 1.
-template <class X, int V>
-struct Four {
-  static constexpr int each = V == 1 ? 1 : 4;
-  Raw<X, each> raw[4 / each];
-
-  SEQLIB_DEVICE Four(const X* p, int left) {
-    SEQLIB_UNROLL
-    for (int i = 0; i < 4 / each; ++i) raw[i] = fetch<each>(p + i, i < left);
-  }
-  SEQLIB_DEVICE float operator[](int i) const { return raw[i / each][i % each]; }
-};
+// Rows begin at multiples of 16 bytes unless V is 1.
+template <class T, int V>
+constexpr Access kAccess = V == 1 ? Access::single : sizeof(T) == 4 ? Access::four : Access::two;
 
 // Rows of x, times the weight of the norm and silu(gate), into shared memory, zero beyond them. With a norm the sums of
 // squares of every row, group and warp come to `sums`.
 template <class T, class X, int B, int V>
 SEQLIB_DEVICE void stage(const FewRowsArgs& a, float* room, int width, float* sums) {
-  const auto* x = static_cast<const X*>(a.x);
-  const auto* gate = static_cast<const T*>(a.gate);
-  const auto* norm = static_cast<const T*>(a.norm);
   const int d_in = static_cast<int>(a.d_in);
   const int group_fours = a.group_size ? static_cast<int>(a.group_size / 4) : width / 4;
   const int groups = a.group_size ? static_cast<int>(a.d_in / a.group_size) : 1;
@@ -58,20 +50,25 @@ SEQLIB_DEVICE void stage(const FewRowsArgs& a, float* room, int width, float* su
           at[j] = 4 * (g * group_fours + four[j]);
           left[j] = b < a.batch && four[j] < group_fours ? d_in - at[j] : 0;
         }
-        const Four<X, V> raw[kAhead] = {{x + b * a.x_stride + at[0], left[0]}, {x + b * a.x_stride + at[1], left[1]}};
-        const Four<T, V> scale[kAhead] = {{norm + at[0], norm ? left[0] : 0}, {norm + at[1], norm ? left[1] : 0}};
-        const Four<T, V> gated[kAhead] = {{gate + b * a.gate_stride + at[0], gate ? left[0] : 0},
-                                          {gate + b * a.gate_stride + at[1], gate ? left[1] : 0}};
+        Bits<4> raw[kAhead], scale[kAhead], gated[kAhead];
         SEQLIB_UNROLL
         for (int j = 0; j < kAhead; ++j) {
-          Pack<float, 4> made;
+          raw[j] = fetch<kAccess<X, V>, 4>(a.x, kDtype<X>, b * a.x_stride + at[j], left[j]);
+          scale[j] = fetch<kAccess<T, V>, 4>(a.norm, kDtype<T>, at[j], a.norm ? left[j] : 0);
+          gated[j] = fetch<kAccess<T, V>, 4>(a.gate, kDtype<T>, b * a.gate_stride + at[j], a.gate ? left[j] : 0);
+        }
+        SEQLIB_UNROLL
+        for (int j = 0; j < kAhead; ++j) {
+          float made[4], factor[4], z[4];
+          unpack(raw[j], kDtype<X>, made);
+          unpack(scale[j], kDtype<T>, factor);
+          unpack(gated[j], kDtype<T>, z);
           SEQLIB_UNROLL
           for (int i = 0; i < 4; ++i) {
-            const float v = raw[j][i];
-            squares += v * v;
-            made.v[i] = v * (norm ? scale[j][i] : 1.0f) * (gate ? silu(gated[j][i]) : 1.0f);
+            squares += made[i] * made[i];
+            made[i] *= (a.norm ? factor[i] : 1.0f) * (a.gate ? silu(z[i]) : 1.0f);
           }
-          if (four[j] < group_fours) four_at(room + b * width, place<V>(at[j] / 4)) = made;
+          if (four[j] < group_fours) store_tile<4>(&room[b * width + 4 * place<V>(at[j] / 4)], made);
         }
       }
       if (a.group_size) {
@@ -79,8 +76,8 @@ SEQLIB_DEVICE void stage(const FewRowsArgs& a, float* room, int width, float* su
         if (thread_index() % 32 == 0) sums[(b * groups + g) * kWarps + thread_index() / 32] = squares;
       }
     }
-    for (int four = groups * group_fours + thread_index(); a.group_size && four < width / 4; four += kThreads)
-      four_at(room + b * width, place<V>(four)) = Pack<float, 4>{};
+    for (int four = groups * group_fours + thread_index(); four < width / 4; four += kThreads)
+      store_tile<4>(&room[b * width + 4 * place<V>(four)], {});
   }
   sync_block();
   if (!a.group_size) return;
@@ -91,9 +88,12 @@ SEQLIB_DEVICE void stage(const FewRowsArgs& a, float* room, int width, float* su
       for (int w = 0; w < kWarps; ++w) square += sums[(b * groups + g) * kWarps + w];
       const float scale = 1.0f / sqrtf(square / static_cast<float>(a.group_size) + a.eps);
       for (int four = thread_index(); four < group_fours; four += kThreads) {
-        Pack<float, 4>& mine = four_at(room + b * width, place<V>(g * group_fours + four));
+        float* mine = &room[b * width + 4 * place<V>(g * group_fours + four)];
+        float v[4];
+        load_tile<4>(mine, v);
         SEQLIB_UNROLL
-        for (int i = 0; i < 4; ++i) mine.v[i] *= scale;
+        for (int i = 0; i < 4; ++i) v[i] *= scale;
+        store_tile<4>(mine, v);
       }
     }
   }
@@ -156,33 +156,44 @@ struct Weights {
   int next[kRows];
   int left;  // elements from there to the end of a row
 
-  SEQLIB_DEVICE void ask(int round, Raw<T, V> (&raw)[kRows]) const {
+  SEQLIB_DEVICE void ask(int round, Bits<V> (&raw)[kRows]) const {
+    const int from = round * kRound<V>;
     SEQLIB_UNROLL
-    for (int r = 0; r < kRows; ++r) raw[r] = fetch<V>(at + next[r] + round * kRound<V>, round * kRound<V> < left);
+    for (int r = 0; r < kRows; ++r) raw[r] = fetch<kAccess<T, V>, V>(at, kDtype<T>, next[r] + from, left - from);
   }
 };
 
 template <class T, int B, int V>
-SEQLIB_DEVICE void multiply(const Raw<T, V> (&raw)[kRows], const float* x, int width, float (&sum)[kRows * B]) {
+SEQLIB_DEVICE void multiply(const Bits<V> (&raw)[kRows], const float* x, int width, float (&sum)[kRows * B]) {
   constexpr int N = V < 4 ? 1 : 4;
+  float w[kRows][V];
+  SEQLIB_UNROLL
+  for (int r = 0; r < kRows; ++r) unpack(raw[r], kDtype<T>, w[r]);
   SEQLIB_UNROLL
   for (int part = 0; part < V / N; ++part) {
-    float w[kRows][N];
-    SEQLIB_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      SEQLIB_UNROLL
-      for (int i = 0; i < N; ++i) w[r][i] = raw[r][part * N + i];
-    }
     SEQLIB_UNROLL
     for (int b = 0; b < B; ++b) {
-      const auto seen = reinterpret_cast<const Pack<float, N>*>(x + b * width)[part * 32 + thread_index() % 32];
+      float seen[N];
+      load_tile<N>(&x[b * width + (part * 32 + thread_index() % 32) * N], seen);
       SEQLIB_UNROLL
       for (int r = 0; r < kRows; ++r) {
         SEQLIB_UNROLL
-        for (int i = 0; i < N; ++i) sum[r * B + b] += w[r][i] * seen.v[i];
+        for (int i = 0; i < N; ++i) sum[r * B + b] += w[r][part * N + i] * seen[i];
       }
     }
   }
+}
+
+// Asks for the parameters beside the weight that a block will want.
+SEQLIB_DEVICE void warm(const FewRowsArgs& a, int first, int rows) {
+  for (int i = thread_index() * 32; a.norm && i < a.d_in; i += kThreads * 32) touch(a.norm, a.dtype, i);
+  const int64_t row = first + thread_index(), channel = row - a.conv_first;
+  if (thread_index() >= rows || row >= a.d_out) return;
+  if (a.bias) touch(a.bias, a.dtype, row);
+  if (!a.conv_weight || channel < 0 || channel >= a.conv_channels) return;
+  touch(a.conv_weight, a.dtype, channel * a.conv_width);
+  if (a.conv_bias) touch(a.conv_bias, a.dtype, channel);
+  for (int64_t j = 0; j < a.batch * (a.conv_width - 1); ++j) touch(a.conv_state, a.dtype, j * a.conv_channels + channel);
 }
 
 template <class T, int B, int V>
@@ -199,6 +210,7 @@ SEQLIB_GLOBAL(kThreads, B == 1 ? 3 : 2) few_rows(const FewRowsArgs a) {
     const int near = kAhead * a.split * kRound<V>;
     bring_near(weight + static_cast<int64_t>(first + lane) * d_in, (near < d_in ? near : d_in) * static_cast<int64_t>(sizeof(T)));
   }
+  warm(a, block * kRows, groups * kRows);
   wait_for_previous();
   let_next_start();
 
@@ -207,7 +219,7 @@ SEQLIB_GLOBAL(kThreads, B == 1 ? 3 : 2) few_rows(const FewRowsArgs a) {
   weights.left = d_in - lane * V;
   SEQLIB_UNROLL
   for (int r = 0; r < kRows; ++r) weights.next[r] = first + r < a.d_out ? r * d_in : 0;
-  Raw<T, V> raw[kAhead][kRows];
+  Bits<V> raw[kAhead][kRows];
   SEQLIB_UNROLL
   for (int u = 0; u < kAhead; ++u) weights.ask(part + u * a.split, raw[u]);
 
@@ -234,25 +246,58 @@ SEQLIB_GLOBAL(kThreads, B == 1 ? 3 : 2) few_rows(const FewRowsArgs a) {
   finish(value);
 }
 
-template <class T, int B, int V>
-void run(const FewRowsArgs& a, Stream stream) {
+template <int B, int V>
+int64_t shared_bytes(const FewRowsArgs& a) {
   const int64_t width = (a.d_in + kRound<V> - 1) / kRound<V> * kRound<V>;
   const int64_t norms = a.group_size ? B * (a.d_in / a.group_size) : 0;
-  const int64_t shared = (B * width + kWarps * (norms > kRows * B ? norms : kRows * B)) * sizeof(float);
+  return (B * width + kWarps * (norms > kRows * B ? norms : kRows * B)) * sizeof(float);
+}
+
+int64_t most_shared() {
+#ifdef SEQLIB_EMULATED
+  return 227 * 1024;
+#else
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device));
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+#endif
+}
+
+// Rows [first, first + B) of x.
+FewRowsArgs rows_from(FewRowsArgs a, int64_t first, int64_t count) {
+  const auto ahead = [first](const void* p, Dtype dtype, int64_t stride) {
+    return p ? static_cast<const char*>(p) + first * stride * (dtype == Dtype::f32 ? 4 : 2) : nullptr;
+  };
+  a.x = ahead(a.x, a.x_dtype, a.x_stride);
+  a.gate = ahead(a.gate, a.dtype, a.gate_stride);
+  a.residual = ahead(a.residual, a.y_dtype, a.residual_stride);
+  a.y = const_cast<char*>(ahead(a.y, a.y_dtype, a.y_stride));
+  a.conv_state = const_cast<char*>(ahead(a.conv_state, a.dtype, (a.conv_width - 1) * a.conv_channels));
+  a.batch = a.batch - first < count ? a.batch - first : count;
+  return a;
+}
+
+template <class T, int B, int V>
+void run(const FewRowsArgs& a, Stream stream) {
+  if constexpr (B > 1) {
+    if (a.batch <= B / 2 || B > a.at_once || shared_bytes<B, V>(a) > most_shared()) return run<T, B / 2, V>(a, stream);
+  }
   const int64_t rows = kRows * (kWarps / a.split);
-  launch_next(few_rows<T, B, V>, (a.d_out + rows - 1) / rows, kThreads, shared, a.overlap, stream, a);
+  for (int64_t first = 0; first < a.batch; first += B)
+    launch_next(few_rows<T, B, V>, (a.d_out + rows - 1) / rows, kThreads, shared_bytes<B, V>(a), a.overlap, stream,
+                rows_from(a, first, B));
 }
 
 template <class T>
 void run(const FewRowsArgs& a, Stream stream) {
   constexpr int V = 16 / sizeof(T);
-  const auto even = [](const void* p, int64_t stride) { return !p || (reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 4 == 0); };
-  if (a.d_in % V || !even(a.weight, 0) || !even(a.x, a.x_stride) || !even(a.gate, a.gate_stride) || !even(a.norm, 0))
-    return run<T, few_rows_most, 1>(a, stream);
-  if (a.batch == 1) return run<T, 1, V>(a, stream);
-  if (a.batch == 2) return run<T, 2, V>(a, stream);
-  if (a.batch <= 4) return run<T, 4, V>(a, stream);
-  return run<T, few_rows_most, V>(a, stream);
+  const auto even = [](const void* p, int64_t stride) {
+    return !p || (reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 4 == 0);
+  };
+  if (a.d_in % V == 0 && even(a.weight, 0) && even(a.x, a.x_stride) && even(a.gate, a.gate_stride) && even(a.norm, 0))
+    return run<T, few_rows_most, V>(a, stream);
+  run<T, 1, 1>(a, stream);
 }
 
 }  // namespace

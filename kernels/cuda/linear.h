@@ -30,6 +30,7 @@ struct FewRowsArgs {
   int conv_width;
 
   int split;     // warps that share rows: 1, 2, 4 or 8
+  int at_once;   // rows of x for which the weight is read once, as far as shared memory reaches
   bool overlap;  // may start while the kernel before it runs
 };
 

@@ -32,6 +32,7 @@ inline FewRowsArgs few_rows_of(const Rows& x, const Tensor& weight, const OptTen
   a.bias = same_dtype(bias, weight, a.d_out, "bias");
   const int64_t rule = few_rows_split(a.d_in, a.d_out, weight.element_size(), on.multiprocessors());
   a.split = static_cast<int>(tuned("linear.split", rule));
+  a.at_once = static_cast<int>(tuned("linear.rows", few_rows_most));
   a.overlap = overlaps();
   return a;
 }

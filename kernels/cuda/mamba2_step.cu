@@ -3,12 +3,11 @@
 
 #include "matrix_tile.cuh"
 #include "overlap.h"
-#include "raw.h"
 
 namespace seqlib {
 namespace {
 
-template <class T>
+template <Access how>
 SEQLIB_GLOBAL(kThreads, 4) mamba2_step(const Mamba2StepArgs a) {
   const int headdim = static_cast<int>(a.headdim), d_state = static_cast<int>(a.d_state);
   const int parts = (headdim + kColumns - 1) / kColumns, nheads = static_cast<int>(a.nheads);
@@ -18,9 +17,9 @@ SEQLIB_GLOBAL(kThreads, 4) mamba2_step(const Mamba2StepArgs a) {
   const int d_inner = nheads * headdim, width = static_cast<int>(a.ngroups) * d_state;
   const int valid = smaller(V, headdim - column);  // V or not positive
   float* state = a.state + (row * nheads + head) * d_state * headdim + column;
-  const T* z = static_cast<const T*>(a.inputs) + row * a.stride + head * headdim + column;
-  const T* B = static_cast<const T*>(a.inputs) + row * a.stride + 2 * d_inner +
-               static_cast<int64_t>(head / (nheads / static_cast<int>(a.ngroups))) * d_state;
+  const int64_t z = row * a.stride + head * headdim + column, x = z + d_inner;
+  const int64_t B = row * a.stride + 2 * d_inner + head / (nheads / static_cast<int>(a.ngroups)) * d_state, C = B + width;
+  const int64_t dt = row * a.stride + 2 * (d_inner + width) + head;
   float* keys = shared_memory<float>();  // B, then C
   auto* room = reinterpret_cast<float(*)[kColumns]>(keys + (2 * d_state + 3) / 4 * 4);
 
@@ -29,22 +28,30 @@ SEQLIB_GLOBAL(kThreads, 4) mamba2_step(const Mamba2StepArgs a) {
     const int64_t first = (row * nheads + head) * d_state + part * share;
     if (rows > 0) bring_near(a.state + first * headdim, static_cast<int64_t>(rows) * headdim * sizeof(float));
   }
+  for (const Parameter& p : {a.dt_bias, a.A_log}) touch(p.data, p.dtype, head);
+  touch(a.D.data, a.D.dtype, head * a.D_width);
   wait_for_previous();
   let_next_start();
 
+  const Parameter inputs = {a.inputs, a.dtype};
   Tile tile;
   tile.ask(state, headdim, 0, d_state, valid);
-  const Raw<T, V> raw_x = fetch<V>(z + d_inner, valid > 0), raw_z = fetch<V>(z, valid > 0 && a.gate);
-  const T dt = (static_cast<const T*>(a.inputs) + row * a.stride + 2 * (d_inner + width))[head];
+  const Bits<V> x_bits = fetch<how, V>(a.inputs, a.dtype, x, valid);
+  const Bits<V> z_bits = fetch<how, V>(a.inputs, a.dtype, z, a.gate ? valid : 0);
+  const Bits<1> bits[] = {fetch_one(inputs, dt), fetch_one(a.dt_bias, head), fetch_one(a.A_log, head)};
+  Bits<1> D_bits[V];
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) D_bits[i] = fetch_one(a.D, head * a.D_width + (a.D_width > 1 ? column + i : 0), valid);
   for (int n = thread_index(); n < d_state; n += kThreads) {
-    const T b = B[n], c = B[width + n];
-    keys[n] = to_float(b);
-    keys[d_state + n] = to_float(c);
+    const Bits<1> b = fetch_one(inputs, B + n), c = fetch_one(inputs, C + n);
+    keys[n] = value_of(b, a.dtype);
+    keys[d_state + n] = value_of(c, a.dtype);
   }
-  float delta = softplus(to_float(dt) + load_one(a.dt_bias.data, a.dt_bias.dtype, head));
+  float now[V], delta = softplus(value_of(bits[0], a.dtype) + value_of(bits[1], a.dt_bias.dtype));
+  unpack(x_bits, a.dtype, now);
   if (delta < a.dt_min) delta = a.dt_min;  // comparisons let NaN pass
   if (delta > a.dt_max) delta = a.dt_max;
-  const float decay = exp_fast(-delta * expf(load_one(a.A_log.data, a.A_log.dtype, head)));
+  const float decay = exp_fast(-delta * expf(value_of(bits[2], a.A_log.dtype)));
   float y[V] = {};
   sync_block();
   for (int first = 0; first < d_state; first += kTile) {
@@ -55,7 +62,7 @@ SEQLIB_GLOBAL(kThreads, 4) mamba2_step(const Mamba2StepArgs a) {
       const float b = n < d_state ? keys[n] : 0.0f, c = n < d_state ? keys[d_state + n] : 0.0f;
       SEQLIB_UNROLL
       for (int i = 0; i < V; ++i) {
-        tile.v[j][i] = decay * tile.v[j][i] + b * (delta * raw_x[i]);
+        tile.v[j][i] = decay * tile.v[j][i] + b * (delta * now[i]);
         y[i] += c * tile.v[j][i];
       }
     }
@@ -63,29 +70,23 @@ SEQLIB_GLOBAL(kThreads, 4) mamba2_step(const Mamba2StepArgs a) {
   }
   sum_slices(y, room);
   if (slice > 0 || valid <= 0) return;
+  float gate[V];
+  unpack(z_bits, a.dtype, gate);
   SEQLIB_UNROLL
   for (int i = 0; i < V; ++i) {
-    y[i] += load_one(a.D.data, a.D.dtype, head * a.D_width + (a.D_width > 1 ? column + i : 0)) * raw_x[i];
-    if (a.gate) y[i] *= silu(raw_z[i]);
+    y[i] += value_of(D_bits[i], a.D.dtype) * now[i];
+    if (a.gate) y[i] *= silu(gate[i]);
   }
   store<V>(a.y + (row * nheads + head) * headdim + column, V, y);
-}
-
-template <class T>
-void run(const Mamba2StepArgs& a, Stream stream) {
-  const int64_t blocks = a.batch * a.nheads * ((a.headdim + kColumns - 1) / kColumns);
-  const int64_t floats = (2 * a.d_state + 3) / 4 * 4 + kWarps * kColumns;
-  launch_next(mamba2_step<T>, blocks, kThreads, floats * sizeof(float), a.overlap, stream, a);
 }
 
 }  // namespace
 
 void start_mamba2_step(const Mamba2StepArgs& a, Stream stream) {
-  switch (a.dtype) {
-    case Dtype::f32: return run<float>(a, stream);
-    case Dtype::bf16: return run<bf16>(a, stream);
-    default: return run<f16>(a, stream);
-  }
+  const int64_t blocks = a.batch * a.nheads * ((a.headdim + kColumns - 1) / kColumns);
+  const int64_t bytes = ((2 * a.d_state + 3) / 4 * 4 + kWarps * kColumns) * sizeof(float);
+  const auto kernel = a.dtype == Dtype::f32 ? mamba2_step<Access::four> : mamba2_step<Access::two>;
+  launch_next(kernel, blocks, kThreads, bytes, a.overlap, stream, a);
 }
 
 }  // namespace seqlib

@@ -23,14 +23,20 @@ SEQLIB_GLOBAL(kThreads, 4) matrix_step(const MatrixStepArgs a) {
 
   Tile tile;
   tile.ask(state, headdim, 0, d_state, valid);
-  float added[V];  // what the key takes in
-  load<V>(a.v.data, a.v.dtype, at(a.v, row, head) + column, valid, added);
   const float* decays = a.log_decay ? a.log_decay + row * a.decay_batch + head * a.decay_head : nullptr;
+  Bits<1> v_bits[V];
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) v_bits[i] = fetch_one(a.v, at(a.v, row, head) + column + i, valid - i);
   for (int n = thread_index(); n < d_state; n += kThreads) {
-    keys[n] = load_one(a.k.data, a.k.dtype, at(a.k, row, head) + n);
-    queries[n] = load_one(a.q.data, a.q.dtype, at(a.q, row, head) + n);
-    factors[n] = decays ? exp2_fast(kLog2e * decays[n * a.decay_channel]) : 1.0f;
+    const Bits<1> k = fetch_one(a.k, at(a.k, row, head) + n, 1), q = fetch_one(a.q, at(a.q, row, head) + n, 1);
+    const float log_decay = decays ? decays[n * a.decay_channel] : 0.0f;
+    keys[n] = value_of(k, a.k.dtype);
+    queries[n] = value_of(q, a.q.dtype);
+    factors[n] = exp2_fast(kLog2e * log_decay);
   }
+  float added[V];  // what the key takes in
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) added[i] = value_of(v_bits[i], a.v.dtype);
   sync_block();
   if constexpr (Delta) {
     const float beta = a.beta[row * a.nheads + head];

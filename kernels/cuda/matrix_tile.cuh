@@ -10,6 +10,18 @@ namespace {
 constexpr int V = 4, kLanes = 8, kSlices = 16, kThreads = kLanes * kSlices, kWarps = kThreads / 32, kColumns = kLanes * V;
 constexpr int kSteps = 8, kTile = kSteps * kSlices;  // rows of a tile: kSteps of every slice
 
+// One element of what has `data` and `dtype`, asked for now and looked at later.
+template <class T>
+SEQLIB_DEVICE Bits<1> fetch_one(const T& t, int64_t at, int valid = 1) {
+  return fetch<Access::single, 1>(t.data, t.dtype, at, valid);
+}
+
+SEQLIB_DEVICE float value_of(const Bits<1>& bits, Dtype dtype) {
+  float v[1];
+  unpack(bits, dtype, v);
+  return v[0];
+}
+
 struct Tile {
   float v[kSteps][V];
 

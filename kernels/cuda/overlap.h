@@ -13,11 +13,15 @@ namespace {
 
 SEQLIB_DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 SEQLIB_DEVICE void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-// Both must be multiples of 16; by one thread for all.
+// A span whose ends are multiples of 16 bytes, by one thread; and the line of one element.
 SEQLIB_DEVICE void bring_near(const void* data, int64_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(data)),
                "r"(static_cast<uint32_t>(bytes))
                : "memory");
+}
+SEQLIB_DEVICE void touch(const void* data, Dtype dtype, int64_t at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(
+      __cvta_generic_to_global(static_cast<const char*>(data) + at * (dtype == Dtype::f32 ? 4 : 2))));
 }
 
 #else
@@ -25,6 +29,7 @@ SEQLIB_DEVICE void bring_near(const void* data, int64_t bytes) {
 SEQLIB_DEVICE void wait_for_previous() {}
 SEQLIB_DEVICE void let_next_start() {}
 SEQLIB_DEVICE void bring_near(const void*, int64_t) {}
+SEQLIB_DEVICE void touch(const void*, Dtype, int64_t) {}
 
 #endif
 

@@ -19,6 +19,7 @@ from seqlib.mixers.base import MixerConfig, positive, wide
 from seqlib.mixers.fused import why_apart
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import linear_attention, rms_norm
+from seqlib.ops.linear import WIDEST
 from seqlib.ops.linear_attention import step as attention_step
 from seqlib.sequence import SequenceInfo
 
@@ -168,8 +169,8 @@ class Mamba2(MatrixMixer[Mamba2Config]):
         ops = ("linear", "causal_conv1d", "linear_attention") + (("norm",) if norm is not None or c.norm else ())
         if reason := why_apart(self, x, state.state, *ops, device="cuda", norm=norm):
             return reason
-        if c.in_scales is not None or c.d_conv > _TAPS or c.headdim % 4:
-            return f"it has no in_scales, d_conv up to {_TAPS} and headdim in fours"
+        if c.in_scales is not None or c.d_conv > _TAPS or c.headdim % 4 or max(self.d_model, self.d_inner) > WIDEST:
+            return f"it has no in_scales, d_conv up to {_TAPS}, headdim in fours and widths up to {WIDEST}"
         if norm is not None and (norm.offset or self.d_model % 4):
             return "its norm has no offset, and d_model is in fours"
         same = [
