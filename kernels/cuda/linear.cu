@@ -32,52 +32,54 @@ constexpr Dtype kDtype<f16> = Dtype::f16;
 template <class T, int V>
 constexpr Access kAccess = V == 1 ? Access::single : sizeof(T) == 4 ? Access::four : Access::two;
 
-// Rows of x, times the weight of the norm and silu(gate), into shared memory, zero beyond them. With a norm the sums of
-// squares of every row, group and warp come to `sums`.
+// Rows of x into shared memory, zero beyond them, normed by groups where there is a norm. `sums`: B * groups * kWarps.
 template <class T, class X, int B, int V>
 SEQLIB_DEVICE void stage(const FewRowsArgs& a, float* room, int width, float* sums) {
+  constexpr int kBeside = B > 1 ? 2 : 1, kFours = 4 / kBeside;  // rows, and fours of each, that a thread has under way
   const int d_in = static_cast<int>(a.d_in);
   const int group_fours = a.group_size ? static_cast<int>(a.group_size / 4) : width / 4;
-  const int groups = a.group_size ? static_cast<int>(a.d_in / a.group_size) : 1;
-  for (int b = 0; b < B; ++b) {
+  const int groups = a.group_size ? d_in / static_cast<int>(a.group_size) : 1;
+  for (int b = 0; b < B; b += kBeside) {
     for (int g = 0; g < groups; ++g) {
-      float squares = 0.0f;
-      for (int begin = thread_index(); begin < group_fours; begin += kAhead * kThreads) {
-        const int four[kAhead] = {begin, begin + kThreads};
-        int at[kAhead], left[kAhead];
+      float squares[kBeside] = {};
+      for (int begin = thread_index(); begin < group_fours; begin += kFours * kThreads) {
+        Bits<4> raw[kBeside][kFours], factors[kFours];
         SEQLIB_UNROLL
-        for (int j = 0; j < kAhead; ++j) {
-          at[j] = 4 * (g * group_fours + four[j]);
-          left[j] = b < a.batch && four[j] < group_fours ? d_in - at[j] : 0;
-        }
-        Bits<4> raw[kAhead], scale[kAhead], gated[kAhead];
-        SEQLIB_UNROLL
-        for (int j = 0; j < kAhead; ++j) {
-          raw[j] = fetch<kAccess<X, V>, 4>(a.x, kDtype<X>, b * a.x_stride + at[j], left[j]);
-          scale[j] = fetch<kAccess<T, V>, 4>(a.norm, kDtype<T>, at[j], a.norm ? left[j] : 0);
-          gated[j] = fetch<kAccess<T, V>, 4>(a.gate, kDtype<T>, b * a.gate_stride + at[j], a.gate ? left[j] : 0);
-        }
-        SEQLIB_UNROLL
-        for (int j = 0; j < kAhead; ++j) {
-          float made[4], factor[4], z[4];
-          unpack(raw[j], kDtype<X>, made);
-          unpack(scale[j], kDtype<T>, factor);
-          unpack(gated[j], kDtype<T>, z);
+        for (int j = 0; j < kFours; ++j) {
+          const int four = begin + j * kThreads, at = 4 * (g * group_fours + four), left = four < group_fours ? d_in - at : 0;
           SEQLIB_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            squares += made[i] * made[i];
-            made[i] *= (a.norm ? factor[i] : 1.0f) * (a.gate ? silu(z[i]) : 1.0f);
+          for (int i = 0; i < kBeside; ++i)
+            raw[i][j] = fetch<kAccess<X, V>, 4>(a.x, kDtype<X>, (b + i) * a.x_stride + at, b + i < a.batch ? left : 0);
+          factors[j] = fetch<kAccess<T, V>, 4>(a.norm, kDtype<T>, at, a.norm ? left : 0);
+        }
+        SEQLIB_UNROLL
+        for (int j = 0; j < kFours; ++j) {
+          const int four = begin + j * kThreads;
+          float factor[4];
+          unpack(factors[j], kDtype<T>, factor);
+          SEQLIB_UNROLL
+          for (int i = 0; i < kBeside; ++i) {
+            float made[4];
+            unpack(raw[i][j], kDtype<X>, made);
+            SEQLIB_UNROLL
+            for (float& v : made) squares[i] += v * v;
+            SEQLIB_UNROLL
+            for (int e = 0; e < 4; ++e) made[e] *= a.norm ? factor[e] : 1.0f;
+            if (four < group_fours) store_tile<4>(&room[(b + i) * width + 4 * place<V>(g * group_fours + four)], made);
           }
-          if (four[j] < group_fours) store_tile<4>(&room[b * width + 4 * place<V>(at[j] / 4)], made);
         }
       }
-      if (a.group_size) {
-        squares = lane_sum<32, 1>(squares);
-        if (thread_index() % 32 == 0) sums[(b * groups + g) * kWarps + thread_index() / 32] = squares;
+      SEQLIB_UNROLL
+      for (int i = 0; i < kBeside; ++i) {
+        if (!a.group_size) break;
+        squares[i] = lane_sum<32, 1>(squares[i]);
+        if (thread_index() % 32 == 0) sums[((b + i) * groups + g) * kWarps + thread_index() / 32] = squares[i];
       }
     }
-    for (int four = groups * group_fours + thread_index(); four < width / 4; four += kThreads)
-      store_tile<4>(&room[b * width + 4 * place<V>(four)], {});
+    for (int i = 0; i < kBeside; ++i) {
+      for (int four = groups * group_fours + thread_index(); four < width / 4; four += kThreads)
+        store_tile<4>(&room[(b + i) * width + 4 * place<V>(four)], {});
+    }
   }
   sync_block();
   if (!a.group_size) return;
@@ -88,11 +90,12 @@ SEQLIB_DEVICE void stage(const FewRowsArgs& a, float* room, int width, float* su
       for (int w = 0; w < kWarps; ++w) square += sums[(b * groups + g) * kWarps + w];
       const float scale = 1.0f / sqrtf(square / static_cast<float>(a.group_size) + a.eps);
       for (int four = thread_index(); four < group_fours; four += kThreads) {
-        float* mine = &room[b * width + 4 * place<V>(g * group_fours + four)];
-        float v[4];
+        const int at = 4 * (g * group_fours + four);
+        float *mine = &room[b * width + 4 * place<V>(at / 4)], v[4], z[4];
+        if (a.gate) unpack(fetch<kAccess<T, V>, 4>(a.gate, kDtype<T>, b * a.gate_stride + at, b < a.batch ? 4 : 0), kDtype<T>, z);
         load_tile<4>(mine, v);
         SEQLIB_UNROLL
-        for (int i = 0; i < 4; ++i) v[i] *= scale;
+        for (int i = 0; i < 4; ++i) v[i] *= a.gate ? scale * silu(z[i]) : scale;
         store_tile<4>(mine, v);
       }
     }

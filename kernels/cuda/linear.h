@@ -10,11 +10,11 @@ constexpr int few_rows_taps = 4;  // the widest convolution
 struct FewRowsArgs {
   const void* x;  // (batch, d_in), `x_stride` apart
   int64_t x_stride;
-  const void* gate;  // null, or (batch, d_in) of the weight's dtype, `gate_stride` apart: x * silu(gate)
-  int64_t gate_stride;
-  const void* norm;    // null, or (d_in,): rms(x) * norm, before the gate
-  int64_t group_size;  // of the norm; 0 for none
+  const void* norm;    // null, or (d_in,): rms(x) * norm
+  int64_t group_size;  // of the norm, a multiple of 4; 0 for none
   float eps;
+  const void* gate;  // null, or with a norm (batch, d_in) of the weight's dtype, `gate_stride` apart: norm(x) * silu(gate)
+  int64_t gate_stride;
   const void *weight, *bias;  // (d_out, d_in) and (d_out,), bias may be null
   const void* residual;       // null, or (batch, d_out) of y's dtype, `residual_stride` apart: added
   int64_t residual_stride;
