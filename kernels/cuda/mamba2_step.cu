@@ -38,20 +38,20 @@ SEQLIB_GLOBAL(kThreads, 4) mamba2_step(const Mamba2StepArgs a) {
   tile.ask(state, headdim, 0, d_state, valid);
   const Bits<V> x_bits = fetch<how, V>(a.inputs, a.dtype, x, valid);
   const Bits<V> z_bits = fetch<how, V>(a.inputs, a.dtype, z, a.gate ? valid : 0);
-  const Bits<1> bits[] = {fetch_one(inputs, dt), fetch_one(a.dt_bias, head), fetch_one(a.A_log, head)};
-  Bits<1> D_bits[V];
+  const Word step = fetch_one(inputs, dt), bias = fetch_one(a.dt_bias, head), A_log = fetch_one(a.A_log, head);
+  Word D[V];
   SEQLIB_UNROLL
-  for (int i = 0; i < V; ++i) D_bits[i] = fetch_one(a.D, head * a.D_width + (a.D_width > 1 ? column + i : 0), valid);
+  for (int i = 0; i < V; ++i) D[i] = fetch_one(a.D, head * a.D_width + (a.D_width > 1 ? column + i : 0), valid);
   for (int n = thread_index(); n < d_state; n += kThreads) {
-    const Bits<1> b = fetch_one(inputs, B + n), c = fetch_one(inputs, C + n);
-    keys[n] = value_of(b, a.dtype);
-    keys[d_state + n] = value_of(c, a.dtype);
+    const Word b = fetch_one(inputs, B + n), c = fetch_one(inputs, C + n);
+    keys[n] = b;
+    keys[d_state + n] = c;
   }
-  float now[V], delta = softplus(value_of(bits[0], a.dtype) + value_of(bits[1], a.dt_bias.dtype));
+  float now[V], delta = softplus(step + bias);
   unpack(x_bits, a.dtype, now);
   if (delta < a.dt_min) delta = a.dt_min;  // comparisons let NaN pass
   if (delta > a.dt_max) delta = a.dt_max;
-  const float decay = exp_fast(-delta * expf(value_of(bits[2], a.A_log.dtype)));
+  const float decay = exp_fast(-delta * expf(A_log));
   float y[V] = {};
   sync_block();
   for (int first = 0; first < d_state; first += kTile) {
@@ -74,7 +74,7 @@ SEQLIB_GLOBAL(kThreads, 4) mamba2_step(const Mamba2StepArgs a) {
   unpack(z_bits, a.dtype, gate);
   SEQLIB_UNROLL
   for (int i = 0; i < V; ++i) {
-    y[i] += value_of(D_bits[i], a.D.dtype) * now[i];
+    y[i] += D[i] * now[i];
     if (a.gate) y[i] *= silu(gate[i]);
   }
   store<V>(a.y + (row * nheads + head) * headdim + column, V, y);

@@ -7,12 +7,16 @@
 namespace seqlib {
 namespace {
 
-SEQLIB_DEVICE int64_t at(const View& t, int64_t row, int64_t head) { return row * t.batch + head / t.row * t.group; }
+SEQLIB_DEVICE int64_t at(const View& t, int64_t row, int head) {
+  return row * t.batch + head / static_cast<int>(t.row) * t.group;
+}
 
 template <bool Delta>
 SEQLIB_GLOBAL(kThreads, 4) matrix_step(const MatrixStepArgs a) {
   const int64_t parts = (a.headdim + kColumns - 1) / kColumns;
-  const int64_t row = block_index() / parts / a.nheads, head = block_index() / parts % a.nheads;
+  const int64_t row = block_index() / parts / a.nheads;
+  const int head = static_cast<int>(block_index() / parts % a.nheads);
+  const int64_t q_at = at(a.q, row, head), k_at = at(a.k, row, head), v_at = at(a.v, row, head);
   const int column = static_cast<int>(block_index() % parts) * kColumns + thread_index() % kLanes * V;
   const int headdim = static_cast<int>(a.headdim), d_state = static_cast<int>(a.d_state), slice = thread_index() / kLanes;
   const int left = headdim - column, valid = left < 0 ? 0 : smaller(V, left);
@@ -24,19 +28,19 @@ SEQLIB_GLOBAL(kThreads, 4) matrix_step(const MatrixStepArgs a) {
   Tile tile;
   tile.ask(state, headdim, 0, d_state, valid);
   const float* decays = a.log_decay ? a.log_decay + row * a.decay_batch + head * a.decay_head : nullptr;
-  Bits<1> v_bits[V];
+  Word v[V];
   SEQLIB_UNROLL
-  for (int i = 0; i < V; ++i) v_bits[i] = fetch_one(a.v, at(a.v, row, head) + column + i, valid - i);
+  for (int i = 0; i < V; ++i) v[i] = fetch_one(a.v, v_at + column + i, valid - i);
   for (int n = thread_index(); n < d_state; n += kThreads) {
-    const Bits<1> k = fetch_one(a.k, at(a.k, row, head) + n, 1), q = fetch_one(a.q, at(a.q, row, head) + n, 1);
+    const Word k = fetch_one(a.k, k_at + n, 1), q = fetch_one(a.q, q_at + n, 1);
     const float log_decay = decays ? decays[n * a.decay_channel] : 0.0f;
-    keys[n] = value_of(k, a.k.dtype);
-    queries[n] = value_of(q, a.q.dtype);
+    keys[n] = k;
+    queries[n] = q;
     factors[n] = exp2_fast(kLog2e * log_decay);
   }
   float added[V];  // what the key takes in
   SEQLIB_UNROLL
-  for (int i = 0; i < V; ++i) added[i] = value_of(v_bits[i], a.v.dtype);
+  for (int i = 0; i < V; ++i) added[i] = v[i];
   sync_block();
   if constexpr (Delta) {
     const float beta = a.beta[row * a.nheads + head];

@@ -10,16 +10,26 @@ namespace {
 constexpr int V = 4, kLanes = 8, kSlices = 16, kThreads = kLanes * kSlices, kWarps = kThreads / 32, kColumns = kLanes * V;
 constexpr int kSteps = 8, kTile = kSteps * kSlices;  // rows of a tile: kSteps of every slice
 
-// One element of what has `data` and `dtype`, asked for now and looked at later.
-template <class T>
-SEQLIB_DEVICE Bits<1> fetch_one(const T& t, int64_t at, int valid = 1) {
-  return fetch<Access::single, 1>(t.data, t.dtype, at, valid);
-}
+// One element, asked for as the word that it lies in: two loads of which one happens, one after another into the same
+// register, would wait for each other.
+struct Word {
+  uint32_t bits;
+  Dtype dtype;
+  bool upper;
 
-SEQLIB_DEVICE float value_of(const Bits<1>& bits, Dtype dtype) {
-  float v[1];
-  unpack(bits, dtype, v);
-  return v[0];
+  SEQLIB_DEVICE operator float() const {
+    float v[1];
+    unpack(Bits<1>{upper ? bits >> 16 : bits}, dtype, v);
+    return v[0];
+  }
+};
+
+// t: what has `data` and `dtype`.
+template <class T>
+SEQLIB_DEVICE Word fetch_one(const T& t, int64_t at, int valid = 1) {
+  const auto* place = static_cast<const char*>(t.data) + at * (t.dtype == Dtype::f32 ? 4 : 2);
+  const auto beyond = static_cast<int>(reinterpret_cast<uintptr_t>(place) % 4);
+  return {valid > 0 ? *reinterpret_cast<const uint32_t*>(place - beyond) : 0, t.dtype, beyond != 0};
 }
 
 struct Tile {
