@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from test_cuda import KERNELS, SEGMENTS, _steps
 from test_ops import CASES, OPS, _close, _run, _widen
 
+from seqlib import use_backend
 from seqlib.dispatch import Impl, Op, resolve
 from seqlib.errors import BackendUnavailable
 from seqlib.mixers import build_mixer
 from seqlib.mixers.base import MixerConfig
 from seqlib.mixers.mamba import MambaConfig
 from seqlib.mixers.mamba2 import Mamba2Config
+from seqlib.models import Backbone, BackboneConfig
 from seqlib.ops import causal_conv1d, selective_scan
 from seqlib.ops.case import Case
 from seqlib.sequence import SequenceInfo, State
@@ -167,6 +170,40 @@ def test_a_graph_captures_the_decoding_step(kind: str) -> None:
             x.copy_(token)
             graph.replay()
             torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_whole_steps_in_a_graph_equal_the_ops(batch: int, dtype: torch.dtype, tune) -> None:
+    """Layers of three kernels that start before the last one ends, replayed, give what the ops give in float32."""
+    torch.manual_seed(0)
+    mixers: dict[str, MixerConfig] = {"m": Mamba2Config(ngroups=2), "n": Mamba2Config(norm_before_gate=True)}
+    config = BackboneConfig(d_model=512, n_layer=4, layer_pattern=("m", "n", "m", "n"), mixers=mixers)
+    with torch.device("cuda"), torch.no_grad():
+        model = Backbone(config).to(dtype)
+        exact, tokens = copy.deepcopy(model).float(), torch.randn(6, batch, 512)
+        state, wide = model.initial_state(batch), exact.initial_state(batch)
+        assert model.mixer(0).why_apart(tokens[0], state[0], model.layers[0].norm) is None
+        with use_backend("torch"):
+            want = torch.stack([exact.step(x.to(dtype).float(), wide)[0] for x in tokens])
+        x = tokens[0].to(dtype)
+        for overlap in (1, 2):
+            tune(overlap=overlap)
+            model.step(x, model.initial_state(batch))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y, _ = model.step(x, state)
+            for t in (t for layer in state for t in layer.tensors()):
+                t.zero_()
+            got = []
+            for token in tokens:
+                x.copy_(token)
+                graph.replay()
+                got.append(y.clone())
+            _close("y", torch.stack(got), want, dtype, gradient=False)
+            for layer, exactly in zip(state, wide):
+                for a, b in zip(layer.tensors(), exactly.tensors()):
+                    _close("state", a, b, dtype, gradient=False)
 
 
 @pytest.mark.parametrize("kind", list(MIXERS))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,9 @@ from torch import Tensor
 from seqlib import native, use_backend
 from seqlib.errors import UnsupportedInput
 from seqlib.layers.linear import Linear
+from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer, build_mixer
-from seqlib.mixers.fused import fusible
+from seqlib.mixers.fused import why_apart
 
 pytestmark = [
     pytest.mark.native,
@@ -58,17 +61,32 @@ def test_whoever_wants_the_parts_gets_them() -> None:
     """Backends asked for, gradients, adapters in the place of a projection, and what the library does not take."""
     x, given = torch.zeros(2, 40), (torch.zeros(2, 80, 16), "linear", "selective_scan")
     with torch.no_grad():
-        assert fusible(layer("mamba"), x, *given)
-        assert not fusible(layer("mamba"), x.double(), *given)
-        assert not fusible(layer("mamba"), torch.zeros(9, 40), torch.zeros(9, 80, 16), "linear")
+        assert why_apart(layer("mamba"), x, *given) is None
+        assert why_apart(layer("mamba"), x.double(), *given)
+        assert why_apart(layer("mamba"), torch.zeros(9, 40), torch.zeros(9, 80, 16), "linear")
         with use_backend(selective_scan="torch"):
-            assert not fusible(layer("mamba"), x, *given)
+            assert why_apart(layer("mamba"), x, *given)
         with torch.autocast("cpu"):
-            assert not fusible(layer("mamba"), x, *given)
+            assert why_apart(layer("mamba"), x, *given)
         adapted = layer("mamba")
         adapted.x_proj = type("Adapter", (Linear,), {})(80, 3 + 32, bias=False)
-        assert not fusible(adapted, x, *given)
-    assert not fusible(layer("mamba"), x, *given)
+        assert why_apart(adapted, x, *given)
+    assert why_apart(layer("mamba"), x, *given)
+
+
+def test_why_mamba2_steps_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thing that the kernels do not know is named, and nothing else is."""
+    monkeypatch.setattr("seqlib.mixers.mamba2.why_apart", lambda *_, **__: None)
+
+    def reason(x: Tensor | None = None, before: RMSNorm | None = None, **config: Any) -> str:
+        mixer = build_mixer({"kind": "mamba2", "headdim": 8} | config, 40)
+        return mixer.why_apart(torch.zeros(2, 40) if x is None else x, mixer.initial_state(2), before) or ""
+
+    assert not reason() and not reason(before=RMSNorm(40)) and not reason(norm=False, ngroups=2, bias=True)
+    for config in ({"in_scales": (1, 2, 1, 1, 1)}, {"d_conv": 5}, {"headdim": 10}):
+        assert "in_scales" in reason(**config)
+    assert "offset" in reason(before=RMSNorm(40, offset=1.0))
+    assert "float32" in reason(torch.zeros(2, 40).bfloat16()) and "float32" in reason(before=RMSNorm(40).half())
 
 
 def test_a_state_of_another_batch_is_refused() -> None:

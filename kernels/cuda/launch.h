@@ -9,6 +9,22 @@
 namespace seqlib {
 namespace {
 
+#ifndef SEQLIB_EMULATED
+
+inline void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// Dynamic shared memory beyond what every kernel may have.
+template <class Args>
+void allow_shared(void (*kernel)(Args), int64_t bytes) {
+  if (bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(bytes)));
+}
+
+#endif
+
 template <class Args>
 void launch(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared_bytes, Stream stream, const Args& args) {
   if (blocks == 0) return;
@@ -17,14 +33,9 @@ void launch(void (*kernel)(Args), int64_t blocks, int threads, int64_t shared_by
   (void)stream;
   emulation::machine().run(blocks, threads, shared_bytes, [&] { kernel(args); });
 #else
-  const auto check = [](cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-  };
-  if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)));
+  allow_shared(kernel, shared_bytes);
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
-  check(cudaGetLastError());
+  check_cuda(cudaGetLastError());
 #endif
 }
 

@@ -1,78 +1,83 @@
-// One token of a matrix state: a block holds 32 columns of a head, eight lanes with four columns each in 16 slices of rows.
+// One token of linear attention and of the delta rule.
 #include "matrix_step.h"
 
 #include "launch.h"
+#include "matrix_tile.cuh"
 
 namespace seqlib {
 namespace {
 
-constexpr int V = 4, kLanes = 8, kSlices = 16, kThreads = kLanes * kSlices, kWarps = kThreads / 32, kColumns = kLanes * V;
-
-// v summed over all slices, in every thread. `room` is free again after the next barrier.
-SEQLIB_DEVICE void sum_slices(float (&v)[V], float (*room)[kColumns]) {
-  SEQLIB_UNROLL
-  for (int i = 0; i < V; ++i) v[i] = lane_sum<32 / kLanes, kLanes>(v[i]);
-  const int lane = thread_index() % kLanes;
-  if (thread_index() % 32 < kLanes) store<V>(&room[thread_index() / 32][lane * V], V, v);
-  sync_block();
-  SEQLIB_UNROLL
-  for (int i = 0; i < V; ++i) {
-    v[i] = 0.0f;
-    SEQLIB_UNROLL
-    for (int w = 0; w < kWarps; ++w) v[i] += room[w][lane * V + i];
-  }
+SEQLIB_DEVICE int64_t at(const View& t, int64_t row, int head) {
+  return row * t.batch + head / static_cast<int>(t.row) * t.group;
 }
-
-SEQLIB_DEVICE int64_t at(const View& t, int64_t row, int64_t head) { return row * t.batch + head / t.row * t.group; }
 
 template <bool Delta>
 SEQLIB_GLOBAL(kThreads, 4) matrix_step(const MatrixStepArgs a) {
   const int64_t parts = (a.headdim + kColumns - 1) / kColumns;
-  const int64_t row = block_index() / parts / a.nheads, head = block_index() / parts % a.nheads;
-  const int64_t column = block_index() % parts * kColumns + thread_index() % kLanes * V, left = a.headdim - column;
-  const int valid = left < 0 ? 0 : left < V ? static_cast<int>(left) : V, slice = thread_index() / kLanes;
-  auto* room = shared_memory<float[kColumns]>();  // of the sums: two of them, kWarps rows each; then decayed states
-  float* state = a.state + (row * a.nheads + head) * a.d_state * a.headdim + column;
+  const int64_t row = block_index() / parts / a.nheads;
+  const int head = static_cast<int>(block_index() / parts % a.nheads);
+  const int64_t q_at = at(a.q, row, head), k_at = at(a.k, row, head), v_at = at(a.v, row, head);
+  const int column = static_cast<int>(block_index() % parts) * kColumns + thread_index() % kLanes * V;
+  const int headdim = static_cast<int>(a.headdim), d_state = static_cast<int>(a.d_state), slice = thread_index() / kLanes;
+  const int left = headdim - column, valid = left < 0 ? 0 : smaller(V, left);
+  float* state = a.state + (row * a.nheads + head) * a.d_state * headdim + column;
+  auto* room = shared_memory<float[kColumns]>();  // of the sums, two of them; then what all columns share; then states
+  float *keys = room[2 * kWarps], *queries = keys + d_state, *factors = queries + d_state;
+  float* mine = room[2 * kWarps + (3 * d_state + kColumns - 1) / kColumns] + thread_index() % kLanes * V;
 
+  Tile tile;
+  tile.ask(state, headdim, 0, d_state, valid);
   const float* decays = a.log_decay ? a.log_decay + row * a.decay_batch + head * a.decay_head : nullptr;
+  Word v[V];
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) v[i] = fetch_one(a.v, v_at + column + i, valid - i);
+  for (int n = thread_index(); n < d_state; n += kThreads) {
+    const Word k = fetch_one(a.k, k_at + n, 1), q = fetch_one(a.q, q_at + n, 1);
+    const float log_decay = decays ? decays[n * a.decay_channel] : 0.0f;
+    keys[n] = k;
+    queries[n] = q;
+    factors[n] = exp2_fast(kLog2e * log_decay);
+  }
   float added[V];  // what the key takes in
-  load<V>(a.v.data, a.v.dtype, at(a.v, row, head) + column, valid, added);
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) added[i] = v[i];
+  sync_block();
   if constexpr (Delta) {
+    const float beta = a.beta[row * a.nheads + head];
     float found[V] = {};
-    for (int64_t n = slice; n < a.d_state; n += kSlices) {
-      const float decay = decays ? exp2_fast(kLog2e * decays[n * a.decay_channel]) : 1.0f;
-      const float k = load_one(a.k.data, a.k.dtype, at(a.k, row, head) + n);
-      float s[V];
-      load<V>(state + n * a.headdim, valid, s);
+    for (int first = 0; first < d_state; first += kTile) {
+      if (first > 0) tile.ask(state, headdim, first, d_state, valid);
       SEQLIB_UNROLL
-      for (int i = 0; i < V; ++i) {
-        s[i] *= decay;
-        found[i] += k * s[i];
+      for (int j = 0; j < kSteps; ++j) {
+        const int n = first + j * kSlices + slice;
+        if (n >= d_state) continue;
+        SEQLIB_UNROLL
+        for (int i = 0; i < V; ++i) {
+          tile.v[j][i] *= factors[n];
+          found[i] += keys[n] * tile.v[j][i];
+        }
+        if (d_state > kTile) store<V>(mine + n * kColumns, V, tile.v[j]);
       }
-      store<V>(&room[2 * kWarps + n][thread_index() % kLanes * V], V, s);
     }
     sum_slices(found, room);
-    const float beta = a.beta[row * a.nheads + head];
     SEQLIB_UNROLL
     for (int i = 0; i < V; ++i) added[i] = beta * (added[i] - found[i]);
   }
   float y[V] = {};
-  for (int64_t n = slice; n < a.d_state; n += kSlices) {
-    const float k = load_one(a.k.data, a.k.dtype, at(a.k, row, head) + n);
-    const float q = load_one(a.q.data, a.q.dtype, at(a.q, row, head) + n);
-    float s[V], decay = 1.0f;
-    if constexpr (Delta) {
-      load<V>(&room[2 * kWarps + n][thread_index() % kLanes * V], V, s);
-    } else {
-      load<V>(state + n * a.headdim, valid, s);
-      if (decays) decay = exp2_fast(kLog2e * decays[n * a.decay_channel]);
-    }
+  for (int first = 0; first < d_state; first += kTile) {
+    if (!Delta && first > 0) tile.ask(state, headdim, first, d_state, valid);
     SEQLIB_UNROLL
-    for (int i = 0; i < V; ++i) {
-      s[i] = decay * s[i] + k * added[i];
-      y[i] += q * s[i];
+    for (int j = 0; j < kSteps; ++j) {
+      const int n = first + j * kSlices + slice;
+      if (n >= d_state) continue;
+      if (Delta && d_state > kTile) load<V>(mine + n * kColumns, V, tile.v[j]);
+      SEQLIB_UNROLL
+      for (int i = 0; i < V; ++i) {
+        tile.v[j][i] = (Delta ? 1.0f : factors[n]) * tile.v[j][i] + keys[n] * added[i];
+        y[i] += queries[n] * tile.v[j][i];
+      }
     }
-    store<V>(state + n * a.headdim, valid, s);
+    tile.keep(state, headdim, first, d_state, valid);
   }
   sum_slices(y, room + kWarps);
   SEQLIB_UNROLL
@@ -83,9 +88,11 @@ SEQLIB_GLOBAL(kThreads, 4) matrix_step(const MatrixStepArgs a) {
 }  // namespace
 
 void start_matrix_step(const MatrixStepArgs& a, Stream stream) {
-  const int64_t blocks = a.batch * a.nheads * ((a.headdim + kColumns - 1) / kColumns), row = kColumns * sizeof(float);
-  if (a.beta) return launch(matrix_step<true>, blocks, kThreads, (2 * kWarps + a.d_state) * row, stream, a);
-  launch(matrix_step<false>, blocks, kThreads, 2 * kWarps * row, stream, a);
+  const int64_t blocks = a.batch * a.nheads * ((a.headdim + kColumns - 1) / kColumns);
+  const int64_t shared = (3 * a.d_state + kColumns - 1) / kColumns, states = a.beta && a.d_state > kTile ? a.d_state : 0;
+  const int64_t bytes = (2 * kWarps + shared + states) * kColumns * sizeof(float);
+  if (a.beta) return launch(matrix_step<true>, blocks, kThreads, bytes, stream, a);
+  launch(matrix_step<false>, blocks, kThreads, bytes, stream, a);
 }
 
 }  // namespace seqlib

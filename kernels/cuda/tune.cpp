@@ -16,6 +16,9 @@ std::map<std::string, int64_t> values;
 // Sets a number of the launch plans, 0 for the rule, and returns what it was.
 //   selective_scan.lanes      lanes of a channel: 2, 4, 8 or 16 (d_state 9 to 16)
 //   selective_scan.segments, selective_scan_bwd.segments, linear_scan.segments   parts of the sequence
+//   linear.split                warps that share rows of a weight: 1, 2, 4 or 8
+//   linear.rows                 rows of x for which a weight is read once: 1, 2, 4 or 8
+//   overlap                     2: the kernels of a decoding step wait for one another
 //   emulation.backwards       1: the emulation runs blocks, warps and lanes in the opposite order
 int64_t cuda_tune(std::string key, int64_t value) {
   const std::lock_guard<std::mutex> lock(guard);

@@ -85,6 +85,11 @@ class Mixer(nn.Module, Generic[C]):
         """x: (batch, d_model). The same as `forward` on one position; may write into `state`. No gradients."""
         raise NotImplementedError
 
+    def added_step(self, x: Tensor, norm: nn.Module, state: Any) -> tuple[Tensor, Any]:
+        """x + step(norm(x)): a whole residual branch, which takes some mixers no more kernels than `step`."""
+        y, state = self.step(norm(x), state)
+        return x + y, state
+
     def initial_state(
         self,
         batch: int,

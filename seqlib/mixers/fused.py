@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqlib import native
 from seqlib.dispatch import preferred
 from seqlib.layers.linear import Linear
+from seqlib.layers.norm import RMSNorm
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer
 from seqlib.ops.linear import FEW_ROWS
 
-__all__ = ["fusible"]
+__all__ = ["why_apart"]
 
-_PARTS = (Linear, ShortConv)
+_PARTS = (Linear, ShortConv, RMSNorm)
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
-def fusible(mixer: Mixer, x: Tensor, state: Tensor, *ops: str) -> bool:
-    """Whether nobody would miss the calls between the parts of `mixer`, which run `ops` on x (batch, d_model).
+def why_apart(
+    mixer: Mixer, x: Tensor, state: Tensor, *ops: str, device: str = "cpu", norm: nn.Module | None = None
+) -> str | None:
+    """Why the parts of `mixer`, which run `ops` on x (batch, d_model), are called one by one; None if nobody would miss
+    the calls between them.
 
-    Hooks, adapters and quantised layers in the place of a projection want theirs, and so do compilers, autocast,
-    gradients, and whoever asked for another backend; a state of another batch wants the error of the op.
+    Hooks, adapters and quantised layers in the place of a projection (or of `norm`, which stands before them) want
+    theirs, and so do compilers, autocast, gradients, and whoever asked for another backend; a state of another batch
+    wants the error of the op.
     """
-    return (
-        not torch.is_grad_enabled()
-        and x.shape[:1] == state.shape[:1]
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.shape[0] <= FEW_ROWS
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and all(preferred(op, config=mixer.config.backend) in ("auto", "native") for op in ops)
-        and all(type(m) in _PARTS and not m._forward_hooks and not m._forward_pre_hooks for m in mixer.children())
-        and native.why_unavailable("cpu") is None
-    )
+    if torch.is_grad_enabled():
+        return "gradients are enabled"
+    if x.device.type != device or x.shape[:1] != state.shape[:1]:
+        return f"the one call is for {device} and a state of as many rows as x"
+    if x.dtype not in _DTYPES[device]:
+        return f"dtype is {x.dtype}"
+    if x.shape[0] > FEW_ROWS:
+        return f"{x.shape[0]} rows; it takes {FEW_ROWS} at most"
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return "a compiler or autocast wants the parts"
+    if not all(preferred(op, config=mixer.config.backend) in ("auto", "native") for op in ops):
+        return "another backend was asked for"
+    for m in mixer.children() if norm is None else (norm, *mixer.children()):
+        if type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks:
+            return f"{type(m).__name__} is not of this library, or has hooks"
+    return native.why_unavailable(device)

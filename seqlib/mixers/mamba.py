@@ -14,7 +14,7 @@ from seqlib.layers.init import dt_bias_, fill_, linear_, uniform_
 from seqlib.layers.linear import Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
-from seqlib.mixers.fused import fusible
+from seqlib.mixers.fused import why_apart
 from seqlib.ops import rms_norm, selective_scan
 from seqlib.ops.selective_scan import step as scan_step
 from seqlib.sequence import SequenceInfo, State
@@ -132,9 +132,8 @@ class Mamba(Mixer[MambaConfig]):
         return self.out_proj(y), MambaState(conv, ssm)
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        if self.config.inner_norm == "none" and fusible(
-            self, x, state.ssm, "linear", "causal_conv1d", "selective_scan"
-        ):
+        ops = ("linear", "causal_conv1d", "selective_scan")
+        if self.config.inner_norm == "none" and why_apart(self, x, state.ssm, *ops) is None:
             return self._whole_step(x, state), state
         x, z = self.in_proj(x).chunk(2, -1)
         x = self.conv1d.step(x, state.conv)

@@ -34,6 +34,8 @@ class Block(nn.Module):
             self.use = AsideUse(config.aside, config.d_model)
         branches = 1 if mlp is None else 2
         self.mixer = build_mixer(mixer, config.d_model, layer_index, config.n_layer, branches=branches)
+        scaled = self.block.mixer_skip != 1 or self.block.mixer_scale != 1
+        self.plain = self.use is None and self.block.norm == "pre" and not scaled and not self.mixer.takes_residual
         self.mlp_norm: RMSNorm | None = None
         self.mlp: nn.Module | None = None
         if mlp is not None:
@@ -56,6 +58,9 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Any, first: Any = None, block: Any = None) -> tuple[Tensor, State]:
+        if self.plain:
+            x, state = self.mixer.added_step(x, self.norm, state)
+            return self._mlp(x), state
         if self.use is None:
             x, inner = self._enter(x, self.norm)
             y, state = self.mixer.step(inner, state, **self._residual(x))

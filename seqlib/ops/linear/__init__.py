@@ -11,15 +11,23 @@ from torch import Tensor
 from seqlib.dispatch import Facts, Impl, Op, preferred
 from seqlib.errors import UnsupportedInput
 
-__all__ = ["FEW_ROWS", "IMPLS", "OP", "few_rows", "linear"]
+__all__ = ["FEW_ROWS", "IMPLS", "OP", "WIDEST", "few_rows", "linear"]
 
 FEW_ROWS = 8
 """Up to here one pass over the weight serves all rows; beyond, a matrix product is the better tool."""
+
+WIDEST = 24576
+"""Features of a row, in float32, that fit into the shared memory of every GPU."""
 
 
 def _limits(facts: Facts) -> str | None:
     rows = facts.size("rows")
     return f"{rows} rows; it takes {FEW_ROWS} at most, where the weight is read once" if rows > FEW_ROWS else None
+
+
+def _cuda_limits(facts: Facts) -> str | None:
+    wide = facts.size("d_in") > WIDEST
+    return f"{facts.size('d_in')} features; it takes {WIDEST} at most" if wide else _limits(facts)
 
 
 _HERE = "seqlib.ops.linear"
@@ -34,6 +42,17 @@ IMPLS = (
         limits=_limits,
         grad=False,
     ),
+    Impl(
+        "native",
+        "parallel",
+        f"{_HERE}.native_impl:linear",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("native:cuda",),
+        limits=_cuda_limits,
+        refuses=frozenset({"a weight of another dtype"}),
+        grad=False,
+    ),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:linear"),
     Impl("reference", "reference", f"{_HERE}.reference:linear"),
 )
@@ -41,7 +60,9 @@ IMPLS = (
 
 def facts(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return Facts(x.device.type, x.dtype, 1, needs_grad, sizes=(("rows", x.numel() // max(1, x.shape[-1])),))
+    features = frozenset({"a weight of another dtype"} if weight.dtype != x.dtype else ())
+    d_in = x.shape[-1]
+    return Facts(x.device.type, x.dtype, 1, needs_grad, features, (("rows", x.numel() // max(1, d_in)), ("d_in", d_in)))
 
 
 OP = Op("linear", IMPLS, facts, "linear")
@@ -74,17 +95,17 @@ def linear(
     return OP.choose(facts(x, weight, bias), form, backend)(x, weight, bias)
 
 
-_few: dict[tuple[torch.dtype, str, str], Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {}
+_few: dict[tuple[torch.dtype, str, str, bool], Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {}
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` of up to FEW_ROWS rows in one dtype, without gradient or checks: dozens of layers call it per token.
 
-    Which row runs depends on nothing but dtype, device and backend here, so that is all that is looked at.
+    Which row runs depends on dtype, device, backend and whether rows are very wide, so that is all that is looked at.
     """
     if torch.compiler.is_compiling():
         return linear(x, weight, bias)
-    key = (x.dtype, x.device.type, preferred("linear"))
+    key = (x.dtype, x.device.type, preferred("linear"), x.shape[-1] > WIDEST)
     run = _few.get(key)
     if run is None:
         run = _few[key] = OP.choose(facts(x, weight, bias))

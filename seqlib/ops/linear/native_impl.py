@@ -1,4 +1,4 @@
-"""A linear map of a few rows, reading the weight once with all threads."""
+"""A linear map of a few rows, reading the weight once with all of the machine."""
 
 from __future__ import annotations
 
