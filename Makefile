@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: demo test test-long check bench native sanitize clean
+.PHONY: demo test test-long test-gpu suite check bench bench-gpu native sanitize sanitize-gpu peers clean
 
 # Rebuilt only when the project's metadata changes. TORCH is installed first so that a plain CPU build is used.
 .venv/installed: pyproject.toml
@@ -23,6 +23,10 @@ test: .venv/installed
 test-long: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
+# transformers' own test suites against our classes; fetches them, so it needs a package index.
+suite: .venv/installed
+	$(BIN)/python tests/suite/run.py --json docs/transformers_suite.json
+
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,6 +35,25 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m seqlib.bench
+
+# On a machine with a GPU. What has to be brought along for the peers: make peers
+test-gpu: .venv/installed
+	$(BIN)/python -m seqlib.native build --target cuda
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
+
+# Accesses out of bounds, uninitialised reads, races in shared memory and bad barriers, on the small cases.
+sanitize-gpu: .venv/installed
+	for tool in memcheck initcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --kernel-name-exclude kns=at:: \
+	    $(BIN)/python -m pytest -m gpu tests/test_gpu.py -x -k "native and (reference or steps) and not bfloat16" || exit 1; \
+	done
+
+bench-gpu: .venv/installed
+	mkdir -p bench-results
+	$(BIN)/python -m seqlib.bench gpu --json bench-results/gpu.json --charts bench-results/gpu
+
+peers: .venv/installed
+	$(BIN)/python -m seqlib.bench.peers
 
 native: .venv/installed
 	$(BIN)/python -m seqlib.native build

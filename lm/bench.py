@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from seqlib.bench import Peer, Timing, interleaved, limits, machine
 from seqlib.errors import SeqlibError
 
-__all__ = ["OP_PEERS", "bench_mamba", "report_mamba"]
+from .bench_linear import bench_linear_family
+
+__all__ = ["OP_PEERS", "bench_mamba", "report_linear_family", "report_mamba"]
 
 
 def _scan_channels_first(t: dict[str, Any]) -> dict[str, Any]:
@@ -38,8 +41,7 @@ def _pair(n_layer: int) -> tuple[nn.Module, nn.Module]:
     """A Mamba of 130M geometry with random weights: ours, and transformers' with the very same weights."""
     from transformers import MambaConfig, MambaForCausalLM
 
-    from seqlib.hf import SeqlibConfig, SeqlibForCausalLM
-    from seqlib.hf.convert import config_from_mamba, weights_from_mamba
+    from seqlib import from_pretrained
 
     torch.manual_seed(0)
     config = MambaConfig(hidden_size=768, num_hidden_layers=n_layer, vocab_size=50280)
@@ -48,9 +50,9 @@ def _pair(n_layer: int) -> tuple[nn.Module, nn.Module]:
     for name, parameter in theirs.named_parameters():
         if parameter.dim() == 2 and not name.endswith("A_log"):
             nn.init.normal_(parameter, std=0.02)
-    ours = SeqlibForCausalLM(SeqlibConfig(**config_from_mamba(config.to_dict()))).eval()
-    ours.load_state_dict(weights_from_mamba(theirs.state_dict()))
-    return ours, theirs
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return from_pretrained(folder), theirs
 
 
 def bench_mamba(
@@ -86,6 +88,15 @@ def report_mamba(json_file: Path | None, *, repeats: int, budget: float) -> None
     for kind in ("forward", "train", "decode"):
         ours, theirs = (1e3 * made[kind][name]["wall_s"] for name in ("seqlib", "transformers"))
         print(f"{kind:<8} seqlib {ours:8.0f} ms   transformers {theirs:8.0f} ms   {made[kind]['ratio']:.1f}x")
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def report_linear_family(json_file: Path | None, *, repeats: int, budget: float) -> None:
+    """Run `bench_linear_family`, print its rows, and write everything to `json_file`."""
+    report = bench_linear_family(repeats=repeats, budget=budget)
+    for row in report["linear_family"]["rows"]:
+        print(f"{1e3 * row['ours_s']:9.3f} ms  {row['ratio']:7.2f} ({row['aim']})  {row['what']}; {row['against']}")
     if json_file:
         json_file.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -20,14 +20,14 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from seqlib.errors import ConfigError
+from seqlib.hf.runs import override, read_metrics, write_aside
 
 from .corpus import Corpus
 from .data import tokenize
 from .evaluate import evaluate
 from .generate import generate
 from .ngram import NGram
-from .progress import read_metrics, write_aside
-from .recipes import Recipe, demo, override
+from .recipes import Recipe, demo
 from .train import DataSpec, train
 
 __all__ = ["run_demo"]

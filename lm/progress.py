@@ -6,7 +6,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,30 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from seqlib.errors import SeqlibError
+from seqlib.hf.runs import read_metrics, write_aside
 
-__all__ = ["MetricsCallback", "ProgressCallback", "plot_loss", "read_metrics", "write_aside"]
+__all__ = ["MetricsCallback", "ProgressCallback", "plot_loss"]
 
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar in
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a small file so that a reader finds the old content or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off by a kill is left out."""
-    return list(_lines(path)) if path.exists() else []
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
 
 
 class MetricsCallback(TrainerCallback):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
 
-__all__ = ["RECIPES", "Recipe", "demo", "mixer_sweep", "override", "tiny"]
+__all__ = ["RECIPES", "Recipe", "demo", "mixer_sweep", "tiny"]
 
 _HYBRID: dict[str, Any] = {"m": {"kind": "mamba"}, "a": {"kind": "sliding_attention", "nheads": 4, "window": 128}}
 
@@ -126,63 +124,3 @@ def mixer_sweep() -> Recipe:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "mixer_sweep": mixer_sweep, "tiny": tiny}
-
-
-def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """The recipe with `key=value` settings; dots reach into mixers and mlp ("mixers.a.window=256").
-
-    Values are read as JSON where they can be and as text otherwise, and must have the type of the field.
-
-    Raises:
-        ConfigError: an unknown field, or a value that does not fit it.
-    """
-    types = get_type_hints(Recipe)
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        name, *path = key.strip().split(".")
-        if not equals or not name:
-            raise ConfigError(f"--set takes key=value, got {setting!r}")
-        if name not in types or name == "name":
-            near = difflib.get_close_matches(name, types, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ConfigError(
-                f"a recipe has no field {name!r}; {hint}known: {', '.join(n for n in types if n != 'name')}"
-            )
-        value = _parse(text.strip())
-        if path:
-            value = _replaced(key, changes.get(name, getattr(recipe, name)), path, value)
-        changes[name] = _fitted(key, types[name], value, text)
-    return dataclasses.replace(recipe, **changes)
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
-
-
-def _replaced(key: str, tree: Any, path: list[str], value: Any) -> dict[str, Any]:
-    """A copy of nested dicts with the value at `path` replaced."""
-    if tree is not None and not isinstance(tree, Mapping):
-        raise ConfigError(f"--set {key}: {tree!r} has no parts to set")
-    first, *rest = path
-    parts = dict(tree or {})
-    parts[first] = _replaced(key, parts.get(first), rest, value) if rest else value
-    return parts
-
-
-def _fitted(key: str, kind: Any, value: Any, text: str) -> Any:
-    """The value as the field's type, if it is one."""
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is str and type(value) in (int, float):
-        return text
-    if kind in (int, float, bool, str):
-        fits, wanted = type(value) is kind, kind.__name__
-    else:
-        fits, wanted = isinstance(value, Mapping) or (value is None and key == "mlp"), "a JSON object"
-    if not fits:
-        raise ConfigError(f"--set {key}: {text!r} is not {wanted}")
-    return value

@@ -21,11 +21,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from seqlib.dispatch import use_backend, used
 from seqlib.errors import ConfigError, CorpusError, SeqlibError
 from seqlib.hf import SeqlibConfig, SeqlibForCausalLM, SeqlibTrainer
+from seqlib.hf.runs import write_aside
 
 from .corpus import Corpus, read_corpus, stdlib_corpus
 from .data import PackedRows, Tokens, load_tokenizer, tokenize
 from .evaluate import evaluate
-from .progress import MetricsCallback, ProgressCallback, plot_loss, write_aside
+from .progress import MetricsCallback, ProgressCallback, plot_loss
 from .recipes import Recipe
 
 __all__ = ["DataSpec", "Run", "build_model", "open_run", "resume", "train"]

@@ -1,4 +1,4 @@
-"""The command line: seqlib-lra prepare | train | evaluate | baselines | suite | speed | table."""
+"""The command line: seqlib-lra prepare | train | evaluate | suite | speed | throughput | table."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def prepare(
 def train(
     task: Annotated[str | None, typer.Argument(help="A task of Long Range Arena or of the synthetic suite.")] = None,
     recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "small",
-    mixer: Annotated[str | None, typer.Option(help='A mixer for every layer, a kind or JSON {"kind": ...}.')] = None,
+    mixer: Annotated[
+        str | None, typer.Option(help='A kind for every layer, "gated_conv based" in turn, or JSON.')
+    ] = None,
     protocol: Annotated[str | None, typer.Option(help="seqlib, lra, s4 or nys; default: the recipe's.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs, with seeds 0, 1, ...")] = 1,
     settings: Settings = None,
@@ -68,7 +70,8 @@ def train(
     processes: Processes = 2,
 ) -> None:
     """Train a recipe with one or more seeds, or continue what was interrupted."""
-    from . import train as training
+    from . import seeds as training
+    from .train import DataSource
 
     console = Console()
     if resume is not None:
@@ -80,7 +83,7 @@ def train(
         if task is None or output is None:
             raise ConfigError("say what to train and where it goes: seqlib-lra train TASK --output FOLDER")
         chosen = training.configure(recipe, task, settings or [], mixer, protocol)
-        source = training.DataSource(
+        source = DataSource(
             None if data is None else str(data), any_size, None if cache is None else str(cache), processes
         )
         count, folder = seeds, output
@@ -120,15 +123,23 @@ def evaluate(
 @app.command()
 def suite(
     tier: Annotated[str, typer.Argument(help="smoke (a minute), quick (15 minutes on two cores) or long.")] = "quick",
-    mixer: Annotated[list[str] | None, typer.Option(help="Kinds to rank, or JSON; default: all there are.")] = None,
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Kinds to rank, "gated_conv based" for layers in turn, or JSON; default: some of each family.'
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs per task and mixer.")] = 1,
-    minutes: Annotated[float | None, typer.Option(help="No run begins after this long.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="No run begins after this long; default: the tier's, per seed.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder; finished runs in it are kept.")] = Path("runs/suite"),
+    processes: Annotated[int, typer.Option(help="Runs at a time, each on one thread if there are several.")] = 2,
 ) -> None:
     """Rank mixers on recall and state tracking: accuracy, steps to 90 %, state size, longer sequences."""
     from .suite import run_suite
 
-    run_suite(tier, mixers=mixer, seeds=seeds, minutes=minutes, folder=output, console=Console())
+    run_suite(tier, mixers=mixer, seeds=seeds, minutes=minutes, folder=output, console=Console(), processes=processes)
 
 
 @app.command()
@@ -146,6 +157,31 @@ def speed(
 
     found = bench_state_spaces(peer, long=LONG if long else None, repeats=repeats, budget=budget)
     show_state_spaces(found, json_file, Console())
+
+
+@app.command()
+def throughput(
+    task: Annotated[str, typer.Argument(help="A task of Long Range Arena.")] = "listops",
+    recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "s4d",
+    mixer: Annotated[str | None, typer.Option(help="A mixer for every layer, a kind or JSON.")] = None,
+    settings: Settings = None,
+    data: Data = None,
+    any_size: AnySize = False,
+    cache: Cache = None,
+    peer_s4: Annotated[Path | None, typer.Option(help="Checkout of state-spaces/s4; needs einops and scipy.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 10,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Time reading, training and evaluating; generated tasks make a few hundred examples for it."""
+    from . import seeds
+    from .throughput import measure
+    from .train import DataSource
+
+    chosen = seeds.configure(recipe, task, settings or [], mixer, None)
+    source = DataSource(None if data is None else str(data), any_size, None if cache is None else str(cache))
+    found = measure(chosen, source, peer_s4=peer_s4, repeats=repeats, console=Console())
+    if output is not None:
+        output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 @app.command()

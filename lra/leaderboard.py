@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
+from seqlib.hf.runs import write_aside
 
-from .runs import write_aside
 from .scores import COLUMNS, GROUPS, Row, rows
 
 __all__ = ["own_rows", "show"]

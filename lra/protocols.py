@@ -49,7 +49,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "s4", "state-spaces/s4, also S5 and SGConv: characters, text validates on test, torch seed 42 for images; "
-            "images as 256 pixel ids where the published code feeds one real channel",
+            "the recipes of that family read pixels as one real channel",
             _lengths(2048, 4096, 4000), "characters", "test", "torch-42", "rounded",
         ),
         Protocol(

@@ -11,12 +11,12 @@ from typing import Any
 
 __all__ = ["PUBLISHED"]
 
-_S4_NOTE = "published with BatchNorm (ListOps and Image post-norm), real input channel for images"
+_S4_NOTE = "published with BatchNorm (ListOps and Image post-norm)"
 _S4D_NOTE = _S4_NOTE + "; the warm-up on ListOps is taken as a tenth of the steps"
 _MEGA_NOTE = (
     "published with LayerNorm, ScaleNorm or BatchNorm by task, bidirectional; warm-up taken as 5 % but for Path-X"
 )
-_SMALL_NOTE = "published with learned positions, LayerNorm, dropout 0.1, bidirectional; warm-up of Skyformer's configs"
+_SMALL_NOTE = "published with LayerNorm and dropout 0.1; warm-up of Skyformer's configs; 128 features where they count"
 
 
 _UNPUBLISHED = "no published recipe: sizes and schedule of the small protocol"
@@ -33,7 +33,8 @@ def _table(
         own = {k: values.pop(k) for k in ("d_state",) if k in values}
         if task == "pathx" and mixer["kind"] in ("s4", "s4d"):
             own["dt_min"] = 1e-4  # without it Path-X stays at chance
-        made[task] = {"mixers": {"m": mixer | own}, "protocol": protocol, "note": note, **common, **values}
+        numbers = {"numbers": True} if protocol == "s4" and task in ("image", "pathfinder", "pathx") else {}
+        made[task] = {"mixers": {"m": mixer | own}, "protocol": protocol, "note": note, **numbers, **common, **values}
     return made
 
 
@@ -65,7 +66,7 @@ _S5 = {
     "pathfinder": (6, 192, 256, 64, 0.0045, 0.03, 500_000, 2_500),
     "pathx": (6, 128, 256, 32, 0.0018, 0.06, 375_000, 5_000),
 }
-# facebookresearch/mega, README.lra.md; Adam betas .9 and .98, clip 1, linear decay.
+# facebookresearch/mega, README.lra.md; Adam betas .9 and .98, clip 1, linear decay. Then (d_qk, scores).
 _MEGA = {
     "listops": (6, 80, 16, 64, 0.001, 0.01, 90_000, 4_500),
     "text": (4, 128, 16, 50, 0.004, 0.01, 25_000, 1_250),
@@ -74,6 +75,19 @@ _MEGA = {
     "pathfinder": (6, 128, 16, 128, 0.01, 0.01, 250_000, 12_500),
     "pathx": (4, 64, 16, 128, 0.01, 0.01, 125_000, 25_000),
 }
+_MEGA_ATTENTION: dict[str, dict[str, Any]] = {
+    task: {"chunk_size": None, "d_qk": d_qk, "scores": scores, "bias": "simple", "max_positions": reach}
+    for task, d_qk, scores, reach in (
+        ("listops", 64, "softmax", 2048), ("text", 64, "softmax", 4096), ("retrieval", 64, "softmax", 4096),
+        ("image", 96, "laplace", 1024), ("pathfinder", 64, "laplace", 1024), ("pathx", 32, "laplace", 16384),
+    )
+}  # fmt: skip
+
+
+def _mega_mlp(d_model: int) -> dict[str, Any]:
+    return {"d_mlp": 2 * d_model, "gated": False, "activation": "silu"}
+
+
 # mlpen/Nystromformer, LRA/code/lra_config.py: two layers, d 64, ffn 128, lr 1e-4 with linear decay.
 _SMALL = {
     "listops": (2, 64, 32, 1e-4, 0.0, 5_000, 1_000),
@@ -87,15 +101,35 @@ _EVERY: dict[str, Any] = {"log_every": 50, "eval_every": 1000, "clip": 0.0}
 _LM_STYLE: dict[str, Any] = {"log_every": 50, "eval_every": 1000, "clip": 1.0}
 
 
-def _small(mixer: dict[str, Any], note: str = _SMALL_NOTE) -> dict:
+def _small(mixer: dict[str, Any], note: str = _SMALL_NOTE, positions: bool = False) -> dict:
     mlp = {"d_mlp": 128, "gated": False, "activation": "gelu"}
-    return _table(mixer, note, "nys", _SMALL, _SMALL_FIELDS, mlp=mlp, schedule="linear", beta2=0.999, **_LM_STYLE)
+    made = _table(mixer, note, "nys", _SMALL, _SMALL_FIELDS, mlp=mlp, schedule="linear", beta2=0.999, **_LM_STYLE)
+    if positions:  # as a layer of their own before the others
+        for row in made.values():
+            row["mixers"]["p"] = {"kind": "learned_positions"}
+            row |= {"layer_pattern": f"p m*{row['n_layer']}", "n_layer": row["n_layer"] + 1}
+    return made
 
 
 def _both(kind: str) -> dict[str, Any]:
     return {"kind": kind, "bidirectional": True}
 
 
+_BASELINES: dict[str, dict[str, Any]] = {
+    "local_attention": {"block": 50},
+    "sliding_attention": {"window": 32, "causal": False, "rotary": False},
+    "linformer": {"rank": 128},
+    "linear_transformer": {"causal": False},
+    "performer": {"n_features": 128, "causal": False},
+    "reformer": {},
+    "nystromformer": {"landmarks": 128},
+    "bigbird": {},
+    "longformer": {"n_global": 0},
+    "sparse_attention": {},
+    "sinkhorn": {},
+    "synthesizer": {},
+    "luna": {"d_packed": 128},
+}
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "s4": _table(_both("s4"), _S4_NOTE, "s4", _S4, _FIELDS, **_EVERY),
     "s4d": _table(_both("s4d"), _S4D_NOTE, "s4", _S4D, _FIELDS, **_EVERY),
@@ -104,10 +138,15 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         task: row | {"mixers": {"m": _both("sgconv")}, "note": _S4_NOTE + "; sizes of S4, as its configs start from"}
         for task, row in _table(_both("sgconv"), _S4_NOTE, "s4", _S4, _FIELDS, **_EVERY).items()
     },
-    "mega": _table(
-        {"kind": "mega"}, _MEGA_NOTE, "s4", _MEGA, _FIELDS, schedule="linear", beta2=0.98, **_LM_STYLE,
-    ),
-    "transformer": _small({"kind": "attention", "nheads": 2, "causal": False}),
+    "mega": {
+        task: row | {"mixers": {"m": row["mixers"]["m"] | _MEGA_ATTENTION[task]}, "mlp": _mega_mlp(row["d_model"])}
+        for task, row in _table(
+            _both("mega"), _MEGA_NOTE, "s4", _MEGA, _FIELDS, schedule="linear", beta2=0.98, **_LM_STYLE
+        ).items()
+    },
+    "transformer": _small({"kind": "attention", "nheads": 2, "causal": False, "rotary": False}, positions=True),
+    **{kind: _small({"kind": kind, "nheads": 2} | own, positions=True) for kind, own in _BASELINES.items()},
+    "fnet": _small({"kind": "fnet"}, positions=True),
     "transnormer": _small({"kind": "lightning", "variant": "transnormer", "nheads": 2}),
     "lightning": _small({"kind": "lightning", "variant": "minimax", "nheads": 2}, _UNPUBLISHED),
     "mamba": _small({"kind": "mamba"}, _UNPUBLISHED),

@@ -17,7 +17,7 @@ from .evaluate import gains, invariance, peak_memory, score_examples, score_reca
 from .prepare import prepare
 from .recall import RECALL, get_recall, make_batch
 from .tasks import TASKS
-from .train import open_run
+from .train import check_length, open_run
 
 __all__ = ["evaluate_model", "load_model", "show_evaluation"]
 
@@ -83,6 +83,7 @@ def evaluate_model(
     has, needs = (model.config.vocab_size, model.config.num_labels), (found.vocab_size, found.task.classes)
     if has[0] < needs[0] or has[1] != needs[1]:
         raise ConfigError(f"{name} has {has[0]} ids and {has[1]} classes; {task} here needs {needs[0]} and {needs[1]}")
+    check_length(model, found.seqlen)
     test = found.splits["test"]
     score = score_examples(model, test, found.pad)
     baselines = found.task.baselines(found.splits)

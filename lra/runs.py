@@ -1,89 +1,25 @@
-"""Run folders: recipes changed by settings, metrics as JSON lines, a bar in the terminal, a plot."""
+"""What a run tells while it goes: metrics as JSON lines, a bar in the terminal, a plot."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from seqlib.errors import ConfigError, SeqlibError
+from seqlib.errors import SeqlibError
+from seqlib.hf.runs import read_metrics, write_aside
 
-__all__ = ["Follow", "Reporter", "override", "plot_curve", "read_metrics", "write_aside"]
+__all__ = ["Follow", "Reporter", "plot_curve"]
 
 _LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar in
-R = TypeVar("R")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a small file so that a reader finds the old content or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without one that a kill cut off."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def override(recipe: R, settings: Sequence[str]) -> R:
-    """The recipe with `key=value` settings; dots reach into its dicts ("mixers.m.d_state=16", "data.pairs=16").
-
-    Values are read as JSON where they can be and as text otherwise, and must have the type of the field.
-
-    Raises:
-        ConfigError: an unknown field, or a value that does not fit it.
-    """
-    types = get_type_hints(type(recipe))
-    changes: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        name, *path = key.strip().split(".")
-        if not equals or name not in types:
-            near = difflib.get_close_matches(name, types, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(types)}"
-            raise ConfigError(f"--set takes FIELD=VALUE, got {setting!r}{hint}")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = {"True": True, "False": False, "None": None}.get(text, text)
-        if path:
-            value = _replaced(key, changes.get(name, getattr(recipe, name)), path, value)
-        now = getattr(recipe, name)
-        if isinstance(now, float) and type(value) is int:
-            value = float(value)
-        if (
-            now is not None
-            and value is not None
-            and not isinstance(value, Mapping if isinstance(now, Mapping) else type(now))
-        ):
-            raise ConfigError(f"--set {key}: {text!r} is not of type {type(now).__name__}")
-        changes[name] = value
-    return dataclasses.replace(recipe, **changes)  # type: ignore[type-var]
-
-
-def _replaced(key: str, tree: Any, path: list[str], value: Any) -> dict[str, Any]:
-    if tree is not None and not isinstance(tree, Mapping):
-        raise ConfigError(f"--set {key}: {key.split('.', maxsplit=1)[0]} has no parts to set")
-    copy = dict(tree or {})
-    copy[path[0]] = value if len(path) == 1 else _replaced(key, copy.get(path[0]), path[1:], value)
-    return copy
 
 
 class Reporter(TrainerCallback):

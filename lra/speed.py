@@ -25,7 +25,7 @@ from seqlib.mixers import Mixer, build_mixer
 from seqlib.mixers.lti import TimeInvariant
 from seqlib.ops import long_conv
 
-__all__ = ["bench_state_spaces", "show_state_spaces"]
+__all__ = ["bench_state_spaces", "published_s4", "show_state_spaces"]
 
 KINDS = ("forward", "forward_backward")
 LONG = 1 << 20
@@ -105,7 +105,7 @@ def _layers(
     if peer is None:
         ours = {"s4d": {"kind": "s4d", "n_ssm": d_model}, "s4": {"kind": "s4", "n_ssm": d_model, "l_max": seqlen}}
         return [(name, _own({"d_state": d_state} | config, d_model), None) for name, config in ours.items()]
-    diagonal, full = _published(peer)
+    diagonal, full = published_s4(peer)
     made = []
     for name, theirs in (
         ("s4d", diagonal.S4D(d_model, d_state=d_state, transposed=False)),
@@ -126,7 +126,7 @@ def _own(config: dict[str, Any], d_model: int) -> TimeInvariant:
     return mixer
 
 
-def _published(peer: Path) -> tuple[Any, Any]:
+def published_s4(peer: Path) -> tuple[Any, Any]:
     """models/s4/s4d.py and models/s4/s4.py, with stand-ins for what they import and these layers do not use."""
     stand_ins: dict[str, dict[str, Any]] = {
         "pytorch_lightning.utilities": {"rank_zero_only": lambda f: f},

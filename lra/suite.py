@@ -6,22 +6,24 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.mixers import MIXERS, mixer_config, sized
+from seqlib.hf.runs import read_metrics, write_aside
+from seqlib.mixers import mixer_config, sized
 
 from .evaluate import score_recall
 from .recall import get_recall, make_batch
-from .recipes import Recipe
+from .recipes import Recipe, layers_of
 from .report import load_model
-from .runs import read_metrics, write_aside
 from .train import DataSource, train
 
 __all__ = ["TIERS", "Tier", "Trial", "run_suite"]
@@ -53,8 +55,16 @@ class Tier:
 
 
 def _mqar(seqlen: int, pairs: int, steps: int, vocab_size: int = 1024) -> Trial:
-    data = {"seqlen": seqlen, "pairs": pairs, "vocab_size": vocab_size}
+    """Random filler, which needs more steps, from the vocabulary on at which it seldom is a key."""
+    data = {"seqlen": seqlen, "pairs": pairs, "vocab_size": vocab_size, "random_filler": vocab_size >= 1024}
     return Trial(f"mqar {seqlen}/{pairs}", "mqar", data, steps)
+
+
+MIXERS_TO_RANK = (
+    "attention", "conv_attention", "gated_conv based", "linear_transformer", "retnet", "gla", "s4d", "mamba", "mamba2",
+    "deltanet", "gated_deltanet",
+)  # fmt: skip
+"""One or two of each family."""
 
 
 TIERS: dict[str, Tier] = {
@@ -86,7 +96,14 @@ TIERS: dict[str, Tier] = {
 
 
 def run_suite(
-    tier: str, *, mixers: Sequence[str] | None, seeds: int, minutes: float | None, folder: Path, console: Console
+    tier: str,
+    *,
+    mixers: Sequence[str] | None,
+    seeds: int,
+    minutes: float | None,
+    folder: Path,
+    console: Console,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Train every mixer on every trial of a tier and write suite.json, suite.md, state.png and length.png.
 
@@ -94,32 +111,33 @@ def run_suite(
     the order seed, trial, mixer, so that what time leaves out is missing for every mixer alike.
 
     Args:
-        mixers: kinds or JSON configs; None: every kind there is.
-        minutes: no run begins after this long; None: the tier's own limit.
+        mixers: kinds, kinds that take turns ("gated_conv based") or JSON configs; None: `MIXERS_TO_RANK`.
+        minutes: no run begins after this long; None: the tier's own limit times `seeds`.
+        processes: runs at a time, each on one thread if there are several.
 
     Raises:
-        ConfigError: an unknown tier or mixer.
+        ConfigError: an unknown tier or mixer, or one that looks ahead.
     """
     if tier not in TIERS:
         raise ConfigError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
     plan = TIERS[tier]
-    configs = named_mixers(mixers or list(MIXERS), plan.d_model)
-    limit = 60 * (plan.minutes if minutes is None else minutes)
+    layers = named_mixers(mixers or MIXERS_TO_RANK, plan.d_model)
+    end = time.time() + 60 * (plan.minutes * seeds if minutes is None else minutes)
+    jobs = [
+        _Job(trial.label, name, _recipe(plan, trial, layers[name], seed), trial.score, end,
+             folder / "runs" / _slug(f"{tier}-{trial.label}-{name}-{seed}"))
+        for seed in range(seeds) for trial in plan.trials for name in layers
+    ]  # fmt: skip
     begun = time.perf_counter()
     rows: list[dict[str, Any]] = []
-    left_out = 0
-    for seed in range(seeds):
-        for trial in plan.trials:
-            for name, config in configs.items():
-                path = folder / "runs" / _slug(f"{tier}-{trial.label}-{name}-{seed}")
-                if not (path / "row.json").is_file():
-                    if time.perf_counter() - begun > limit:
-                        left_out += 1
-                        continue
-                    _run(plan, trial, name, config, seed, path, console)
-                rows.append(json.loads((path / "row.json").read_text()))
+    for job, row in zip(jobs, _each(jobs, processes)):
+        if row is not None:
+            rows.append(row)
+            console.print(f"{job.trial}  {job.mixer}  seed {job.recipe.seed}: {100 * row['accuracy']:.1f} %")
     result = {
-        "tier": tier, "seeds": seeds, "d_model": plan.d_model, "n_layer": plan.n_layer, "left_out": left_out,
+        "tier": tier, "seeds": seeds, "d_model": plan.d_model, "n_layer": plan.n_layer,
+        "left_out": len(jobs) - len(rows), "processes": processes,
+        "minutes": round((time.perf_counter() - begun) / 60, 2),
         "seconds": round(sum(row["seconds"] for row in rows), 1), "ranking": ranking(rows), "rows": rows,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,65 +146,98 @@ def run_suite(
     plot_state(rows, folder / "state.png")
     plot_length(rows, folder / "length.png")
     console.print(_table(result))
-    if left_out:
-        console.print(f"[bold]{left_out} runs left out for want of time[/bold]; run the same command again to go on")
+    if result["left_out"]:
+        console.print(
+            f"[bold]{result['left_out']} runs left out for want of time[/bold]; run the same command again to go on"
+        )
     return result
 
 
-def named_mixers(wanted: Sequence[str], d_model: int) -> dict[str, dict[str, Any]]:
-    """Configs by the name that is shown; what is not said is sized for models of width `d_model`.
+def named_mixers(wanted: Sequence[str], d_model: int) -> dict[str, list[dict[str, Any]]]:
+    """Configs of the layers that take turns, by the name that is shown; what is not said is sized for `d_model`.
 
     Raises:
         ConfigError: a kind or field that does not exist.
     """
     found = {}
     for text in wanted:
-        config = json.loads(text) if text.startswith("{") else {"kind": text}
-        shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for k, v in config.items())
-        found[shown] = sized(mixer_config(config).to_dict(), d_model)
+        configs = layers_of(text)
+        shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for config in configs for k, v in config.items())
+        found[shown] = [sized(mixer_config(config).to_dict(), d_model) for config in configs]
     return found
 
 
-def _run(
-    plan: Tier, trial: Trial, name: str, config: Mapping[str, Any], seed: int, path: Path, console: Console
-) -> None:
-    recipe = Recipe(
+@dataclass(frozen=True)
+class _Job:
+    trial: str
+    mixer: str
+    recipe: Recipe
+    scores: bool
+    end: float
+    """Seconds of the clock after which it does not begin."""
+    folder: Path
+
+
+def _recipe(plan: Tier, trial: Trial, layers: Sequence[Mapping[str, Any]], seed: int) -> Recipe:
+    mixers = {f"m{i}": dict(config) for i, config in enumerate(layers)}
+    return Recipe(
         name=f"suite {trial.label}", task=trial.task, data=trial.data, d_model=plan.d_model, n_layer=plan.n_layer,
-        mixers={"m": dict(config)}, batch_size=plan.batch_size, steps=trial.steps, learning_rate=4e-3,
-        warmup_steps=min(100, trial.steps // 5), weight_decay=0.1, beta2=0.98, enough=0.99, seed=seed,
-        log_every=50, eval_every=50, eval_examples=256,
+        layer_pattern=" ".join(mixers), mixers=mixers, batch_size=plan.batch_size, steps=trial.steps,
+        learning_rate=4e-3, warmup_steps=min(100, trial.steps // 5), weight_decay=0.1, beta2=0.98, enough=0.99,
+        seed=seed, log_every=50, eval_every=50, eval_examples=256,
     )  # fmt: skip
-    console.print(f"[bold]{trial.label}[/bold] {name} seed {seed}")
+
+
+def _each(jobs: Sequence[_Job], processes: int) -> Iterator[dict[str, Any] | None]:
+    if processes == 1:
+        yield from map(_run, jobs)
+        return
+    with get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap(_run, jobs)
+
+
+def _run(job: _Job) -> dict[str, Any] | None:
+    """The row of a run, which is trained unless it is finished; None where there was no time for it."""
+    done = job.folder / "row.json"
+    if not done.is_file():
+        if time.time() > job.end:
+            return None
+        _train(job)
+    return json.loads(done.read_text())
+
+
+def _train(job: _Job) -> None:
+    path, recipe = job.folder, job.recipe
     resume = (path / "recipe.json").is_file()
     if not (path / "result.json").is_file():
-        train(recipe, DataSource(), path, console=console, resume=resume)
+        train(recipe, DataSource(), path, console=Console(quiet=True), resume=resume)
     result = json.loads((path / "result.json").read_text())
     solved = [row["step"] for row in read_metrics(path / "metrics.jsonl") if row.get("accuracy", 0) >= 0.9]
     kept = ("baselines", "failed", "steps", "state_bytes", "parameters", "seconds")
     row = {key: result[key] for key in kept} | {
-        "mixer": name,
-        "trial": trial.label,
-        "task": trial.task,
-        "seed": seed,
-        "scores": trial.score,
+        "mixer": job.mixer,
+        "trial": job.trial,
+        "task": recipe.task,
+        "seed": recipe.seed,
+        "scores": job.scores,
         "accuracy": result["test"]["accuracy"],
         "interval": result["test"]["interval"],
         "steps_to_90": solved[0] if solved else None,
-        "by_length": _by_length(trial, path, seed),
+        "by_length": _by_length(recipe, path),
     }
     write_aside(path / "row.json", json.dumps(row, indent=2) + "\n")
 
 
-def _by_length(trial: Trial, path: Path, seed: int) -> dict[str, float]:
+def _by_length(recipe: Recipe, path: Path) -> dict[str, float]:
     """Accuracy at one, two and four times the trained length, with as many pairs as in training."""
-    model, task = load_model(str(path)), get_recall(trial.task)
-    full = {**task.defaults, **trial.data}
+    model, task = load_model(str(path)), get_recall(recipe.task)
+    full = {**task.defaults, **recipe.data}
     found = {}
     for factor in _LONGER:
         seqlen = full["seqlen"] * factor
-        if trial.task == "mqar" and seqlen >= full["vocab_size"]:
+        if recipe.task == "mqar" and seqlen >= full["vocab_size"]:
             continue  # the task has no such length
-        batch = make_batch(task, {**trial.data, "seqlen": seqlen}, seed + (1 << 34) + factor, 256)
+        batch = make_batch(task, {**recipe.data, "seqlen": seqlen}, recipe.seed + (1 << 34) + factor, 256)
         found[str(seqlen)] = score_recall(model, batch)["answers"].accuracy
     return found
 

@@ -6,10 +6,8 @@ import contextlib
 import json
 import os
 import platform
-import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,18 +28,19 @@ from seqlib.hf import (
     SeqlibForSequenceClassification,
     SeqlibTrainer,
 )
+from seqlib.hf.runs import write_aside
 
 from .evaluate import collate, gains, invariance, peak_memory, score_examples, score_recall
 from .prepare import prepare
 from .protocols import get_protocol
 from .recall import RECALL, Stream, get_recall, make_batch
 from .recipes import Recipe
-from .runs import Follow, Reporter, override, plot_curve, write_aside
+from .runs import Follow, Reporter, plot_curve
 from .store import Examples, fingerprint
 from .synthetic import Batch
 from .tasks import TASKS, TaskData
 
-__all__ = ["DataSource", "build_model", "load_data", "open_run", "train", "train_seeds"]
+__all__ = ["DataSource", "build_model", "check_length", "load_data", "open_run", "train"]
 
 _TEST_EXAMPLES = 2000
 _HELD_OUT, _TEST = 1 << 32, 1 << 33  # added to a recipe's seed for data that training does not see
@@ -129,9 +128,21 @@ def build_model(recipe: Recipe, data: RunData) -> Any:
         return SeqlibForCausalLM(SeqlibConfig(**shared))
     task = data.task.task
     shared |= {"num_labels": task.classes, "pad_token_id": data.pad}
+    shared |= {"embedding": "number"} if recipe.numbers else {}
     shared |= {"pooling": protocol.pooling, "pair_head": protocol.pair_head}
     classes: Any = SeqlibForSequenceClassification if task.width == 1 else SeqlibForPairClassification
     return classes(SeqlibConfig(**shared))
+
+
+def check_length(model: Any, seqlen: int) -> None:
+    """Raise ConfigError unless every mixer has weights for sequences of `seqlen`."""
+    for name, config in model.config.backbone.mixers.items():
+        limit = getattr(config, "max_seqlen", None)
+        if limit is not None and limit < seqlen:
+            raise ConfigError(
+                f"mixer {name} ({config.kind}) has weights for {limit} positions, the longest sequence has {seqlen}; "
+                f"train with --set mixers.{name}.max_seqlen={seqlen}, or take shorter data"
+            )
 
 
 class _Trainer(SeqlibTrainer):
@@ -204,6 +215,7 @@ def train(
         raise ConfigError(f"{folder}: {hint}")
     data = data or load_data(recipe, source)
     model = build_model(recipe, data)
+    check_length(model, data.seqlen)
     folder.mkdir(parents=True, exist_ok=True)
     _describe(folder, recipe, source, data)
     reporter = Reporter(folder / "metrics.jsonl", recipe.batch_size * recipe.accumulation)
@@ -333,82 +345,3 @@ def _result(trainer: Any, recipe: Recipe, data: RunData, reporter: Reporter) -> 
         "backends": used(),
         **extra,
     }
-
-
-def write_plan(folder: Path, recipe: Recipe, source: DataSource, seeds: int) -> None:
-    """Write plan.json, from which `--resume` learns what was wanted."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; continue with --resume {folder}, or give another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = {"recipe": recipe.to_dict(), "data": vars(source), "seeds": seeds}
-    write_aside(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
-
-
-def open_plan(folder: Path) -> tuple[Recipe, DataSource, int]:
-    """What `write_plan` wrote.
-
-    Raises:
-        ConfigError: there is no plan, or one of another version.
-    """
-    path = folder / "plan.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} has no plan.json; give the --output of an earlier train")
-    try:
-        values = json.loads(path.read_text())
-        return Recipe.from_dict(values["recipe"]), DataSource(**values["data"]), int(values["seeds"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error
-
-
-def train_seeds(
-    recipe: Recipe, source: DataSource, folder: Path, seeds: Sequence[int], *, console: Console
-) -> dict[str, Any]:
-    """One run per seed in `folder/seed-N`, and their mean, standard deviation and failures in `folder/summary.json`.
-
-    Finished seeds are kept, an interrupted one goes on and missing ones are run.
-    """
-    results = []
-    for seed in seeds:
-        part = folder / f"seed-{seed}"
-        done = part / "result.json"
-        if done.is_file():
-            results.append(json.loads(done.read_text()))
-            continue
-        begun = (part / "recipe.json").is_file()
-        results.append(train(replace(recipe, seed=seed), source, part, console=console, resume=begun))
-    summary = summarise(results)
-    write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
-
-
-def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of results of one recipe."""
-    scores = [result["test"]["accuracy"] for result in results]
-    first = results[0]
-    return {
-        **{key: first[key] for key in ("task", "protocol", "recipe", "mixers", "layer_pattern", "data", "baselines",
-                                       "parameters", "state_bytes", "seqlen")},
-        "seeds": [result["seed"] for result in results],
-        "accuracies": scores,
-        "mean": statistics.fmean(scores),
-        "std": statistics.stdev(scores) if len(scores) > 1 else None,
-        "failed_seeds": [result["seed"] for result in results if result["failed"]],
-        "n": first["test"]["n"],
-        "interval": first["test"]["interval"] if len(results) == 1 else None,
-        "steps": [result["steps"] for result in results],
-        "seconds": sum(result["seconds"] or 0 for result in results),
-    }  # fmt: skip
-
-
-def configure(name: str, task: str, settings: Sequence[str], mixer: str | None, protocol: str | None) -> Recipe:
-    """A recipe by name with what the command line changes."""
-    from .recipes import find_recipe
-
-    changes = list(settings)
-    if protocol is not None:
-        changes.append(f"protocol={protocol}")
-    if mixer is not None:
-        value = json.loads(mixer) if mixer.startswith("{") else {"kind": mixer}
-        changes.append(f"mixers={json.dumps({'m': value})}")
-        changes.append("layer_pattern=m")
-    return override(find_recipe(name, task), changes)

@@ -29,6 +29,7 @@ __all__ = [
     "Facts",
     "Impl",
     "Op",
+    "Verdict",
     "explain",
     "preferred",
     "resolve",
@@ -66,12 +67,15 @@ class Impl:
         target: "module:function", imported when first chosen.
         devices: device types it runs on; empty means any.
         dtypes: input dtypes; empty means any.
-        needs: what must be present: "native" (the compiled CPU library) or a package requirement such as "triton>=3.6".
+        needs: what must be present: "native" (the compiled CPU library), "native:cuda" (that of the GPU) or a package
+            requirement such as "triton>=3.6".
         limits: further check, returns a sentence when the row cannot take the call.
         grad: whether it is differentiable.
         refuses: features it does not support.
         by_name_only: never chosen by auto.
         auto_limits: as `limits`, for a row that takes the call but is the slower one; a form asked for by name runs.
+        gate: "module:function" from facts to a Verdict, asked last: whether results on this very device are right.
+        loops: walks the positions in Python. On a GPU, where that costs launches, auto says that it had to.
     """
 
     name: str
@@ -85,6 +89,15 @@ class Impl:
     refuses: frozenset[str] = frozenset()
     by_name_only: bool = False
     auto_limits: Callable[[Facts], str | None] | None = None
+    gate: str = ""
+    loops: bool = False
+
+
+class Verdict(NamedTuple):
+    """What a gate says: why the row must not run, if so, and in a few words what runs."""
+
+    refusal: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,7 +197,7 @@ def resolve(op: Op, facts: Facts, form: str = "auto", backend: str = "auto") -> 
         refusal = _refuse(impl, facts, form, backend)
         if refusal is None:
             if backend == "auto":
-                _announce(op, impl, refused)
+                _announce(op, impl, refused, facts)
             return Choice(impl, tuple(refused))
         refused.append(refusal)
     asked = f"form={form!r}, backend={backend!r}"
@@ -210,7 +223,8 @@ def explain(op_name: str, *tensors: Any, form: str = "auto", backend: str = "aut
     reasons = {id(r.impl): r.reason for r in choice.refused} if choice else {}
     for impl in op.impls:
         if choice and impl is choice.impl:
-            note = "runs"
+            note = f"runs, loops for {torch.ops.seqlib.isa(None)}" if "native" in impl.needs else "runs"
+            note += f" {_load(impl.gate)(facts).note}" if impl.gate else ""
         elif id(impl) in reasons:
             note = f"refused: {reasons[id(impl)]}"
         else:
@@ -274,6 +288,10 @@ def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None
         reason = _probe(need)
         if reason:
             return Refusal(impl, reason, broken=True)
+    if impl.gate:
+        reason = _judge(impl.gate, *facts)
+        if reason:
+            return Refusal(impl, reason, broken=True)
     return None
 
 
@@ -285,11 +303,16 @@ def _probe(need: str) -> str | None:
     return _probed[need]
 
 
+@torch.compiler.assume_constant_result
+def _judge(gate: str, *facts: Any) -> str | None:
+    return _load(gate)(Facts(*facts)).refusal
+
+
 def _why_missing(need: str) -> str | None:
-    if need == "native":
+    if need.partition(":")[0] == "native":
         from seqlib import native
 
-        return native.why_unavailable("cpu")
+        return native.why_unavailable(need.partition(":")[2] or "cpu")
     package, _, minimum = need.partition(">=")
     if importlib.util.find_spec(package) is None:
         return f"package {package} is not installed; pip install {package}"
@@ -304,15 +327,25 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+", maxsplit=1)[0].split(".") if part.isdigit())
 
 
-def _announce(op: Op, chosen: Impl, refused: list[Refusal]) -> None:
-    """Tell once that a better row would fit if it were not broken; an error under SEQLIB_STRICT=1."""
-    for refusal in refused:
-        key = f"{op.name}:{refusal.impl.target}"
-        if not refusal.broken or key in _warned:
-            continue
-        message = (
-            f"{op.name} runs its slower {chosen.name} form because {refusal.impl.name} is unavailable: {refusal.reason}"
+def _announce(op: Op, chosen: Impl, refused: list[Refusal], facts: Facts) -> None:
+    """Tell once that a better row would fit if it were not broken, or that a GPU is given a loop over positions.
+
+    An error under SEQLIB_STRICT=1.
+    """
+    messages = {
+        f"{op.name}:{r.impl.target}": f"{op.name} runs its slower {chosen.name} form because {r.impl.name} is "
+        f"unavailable: {r.reason}"
+        for r in refused
+        if r.broken
+    }
+    if facts.device != "cpu" and facts.seqlen > 1 and (chosen.loops or chosen.form == "reference") and not messages:
+        reasons = "; ".join(f"{r.impl.name}: {r.reason}" for r in refused)
+        messages[f"{op.name}:{chosen.target}:{facts.device}"] = (
+            f"{op.name} walks its {facts.seqlen} positions one by one on {facts.device}, which is slow ({reasons})"
         )
+    for key, message in messages.items():
+        if key in _warned:
+            continue
         if os.environ.get("SEQLIB_STRICT") == "1":
             raise BackendUnavailable(message + " (SEQLIB_STRICT=1 makes this an error)")
         _warned.add(key)

@@ -31,8 +31,8 @@ class NativeUnavailable(SeqlibError, RuntimeError):
     """The compiled library could not be found, built or loaded."""
 
 
-class CheckpointMismatch(SeqlibError, ValueError):
-    """Weights that do not fit the model they are loaded into, or that hold NaN or Inf."""
+class CheckpointMismatch(SeqlibError, ValueError, RuntimeError):
+    """Weights that do not fit the model they are loaded into (for which transformers raises RuntimeError), or NaN."""
 
 
 class CorpusError(SeqlibError, ValueError):

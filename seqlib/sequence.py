@@ -139,6 +139,34 @@ class SequenceInfo:
         end = ends.nonzero(as_tuple=True)[1] + 1
         return torch.stack([rows, begin, end, starts[rows, begin].long()], 1).int()
 
+    @cached_property
+    def links(self) -> Tensor | None:
+        """(2, batch, seqlen + 1) int32 on the device of the masks, made without waiting for it; None as in `spans`.
+
+        What GPU kernels read. [0]: for each token the real token before it in its row, -1 if there is none, -2 if it
+        begins a document, -3 if it is padding; the last column stands after the row. [1]: the same from right to left:
+        the real token after it, -1 if there is none, -2 if that one begins another document, -3 if it is padding.
+        """
+        if self.shape is None:
+            return None
+        known = self.starts if self.starts is not None else self.padding_mask
+        assert known is not None
+        pad = torch.nn.functional.pad
+        real = torch.ones_like(known) if self.padding_mask is None else self.padding_mask
+        starts = torch.zeros_like(known) if self.starts is None else self.starts
+        end = real.shape[1]
+        real, starts = pad(real, (0, 1), value=True), pad(starts, (0, 1))
+        at = torch.arange(end + 1, device=known.device).expand_as(real)
+        before = pad(torch.where(real, at, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+        after = pad(torch.where(real, at, end).flip(1).cummin(1).values.flip(1)[:, 1:], (0, 1), value=end)
+        before = torch.where(starts, -2, before)
+        after = torch.where(starts.gather(1, after), -2, torch.where(after == end, -1, after))
+        return torch.where(real, torch.stack([before, after]), -3).int()
+
+    def plan(self, device: torch.device) -> Tensor | None:
+        """What the compiled kernels of a device read: `spans` on the CPU, `links` elsewhere."""
+        return self.spans if device.type == "cpu" else self.links
+
 
 S = TypeVar("S", bound="State")
 

@@ -117,7 +117,15 @@ QWEN = {
     **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
     **{"decoder_sparse_step": 2, "full_attention_interval": 3},
 }
-OLMO = {**DELTA, "linear_num_value_heads": 2, "linear_value_head_dim": 12, "rope_parameters": None}
+OLMO = {**DELTA, "linear_num_value_heads": 2, "linear_value_head_dim": 12}
+ZAMBA = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"],
+    "intermediate_size": 40,
+    **{"mamba_d_state": 6, "n_mamba_heads": 8, "mamba_ngroups": 2, "chunk_size": 16, "adapter_rank": 5},
+}
 XLSTM = {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "chunk_size": 16}
 JAMBA = {
     **HYBRID,
@@ -136,6 +144,11 @@ PORTS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "jamba-attention-experts": ("jamba", lambda: port("jamba", **JAMBA | {"expert_layer_offset": 0})),
     "bamba": ("bamba", lambda: port("bamba", **HYBRID, **SSM, attn_layer_indices=[1])),
     "bamba-pure": ("bamba", lambda: port("bamba", **HYBRID, **SSM, tie_word_embeddings=True)),
+    "zamba2": ("zamba2", lambda: port("zamba2", **ZAMBA, num_mem_blocks=1)),
+    "zamba2-two-blocks": (
+        "zamba2",
+        lambda: port("zamba2", **ZAMBA, num_mem_blocks=2, use_shared_attention_adapter=True, use_mem_rope=True),
+    ),
     "falcon_h1": ("falcon_h1", lambda: port("falcon_h1", **FALCON_H1, mamba_rms_norm=False)),
     "falcon_h1-norm": ("falcon_h1", lambda: port("falcon_h1", **FALCON_H1, mamba_rms_norm=True)),
     "falcon_h1-gate-first": (
@@ -153,20 +166,20 @@ PORTS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "recurrent_gemma": ("recurrent_gemma", lambda: port("recurrent_gemma", **GEMMA)),
     "qwen3_next": ("qwen3_next", lambda: port("qwen3_next", **QWEN)),
     "qwen3_next-experts": ("qwen3_next", lambda: port("qwen3_next", **QWEN | {"decoder_sparse_step": 1})),
-    "olmo_hybrid": ("olmo_hybrid", lambda: port("olmo_hybrid", **OLMO)),
-    "olmo_hybrid-rope": (
+    "olmo_hybrid": (
         "olmo_hybrid",
-        lambda: port("olmo_hybrid", **OLMO | {"rope_parameters": None, "rope_theta": 1e4}),
+        lambda: port("olmo_hybrid", **OLMO, rope_parameters={"rope_type": "default", "rope_theta": None}),
     ),
+    "olmo_hybrid-rope": ("olmo_hybrid", lambda: port("olmo_hybrid", **OLMO)),
     "xlstm": ("xlstm", lambda: port("xlstm", **XLSTM)),
 }
 """Layout and maker by the name of the case."""
 
 
-def uncached(model: nn.Module, ids: Tensor) -> Tensor:
+def uncached(model: Any, ids: Tensor) -> Tensor:
     """Logits of one pass over rows without padding."""
     with torch.no_grad():
-        return model(ids, use_cache=False).logits
+        return model(ids, use_cache=False).logits if isinstance(model, nn.Module) else model(ids)
 
 
 def save(model: Any, folder: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from seqlib import bench, dispatch, native
-from seqlib.bench import FLOORS, clock, report
+from seqlib.bench import FLOORS, clock, markdown, report
 from seqlib.bench.gate import shortened
 from seqlib.errors import UnsupportedInput
+from seqlib.lm import bench_linear
 from seqlib.ops.case import Case
 from seqlib.ops.causal_conv1d import IMPLS, cases
 
@@ -119,3 +120,22 @@ def test_shortened_cuts_what_has_positions() -> None:
 def test_unknown_op_is_named() -> None:
     with pytest.raises(UnsupportedInput, match="causal_conv1d"):
         bench.bench_op("conv")
+
+
+def test_page_has_the_speed_table_of_the_linear_family(tmp_path: Path) -> None:
+    """Floors bound a ratio from above, peers from below, and the page shows both with what was aimed at."""
+    rows = [
+        bench_linear._row("one", 2.0, "a floor", 1.0, floor=1.5),
+        bench_linear._row("two", 2.0, "a peer", 50.0, speedup=20),
+    ]
+    assert [row["ratio"] for row in rows] == [2.0, 25.0]
+    memory = {"what": "it", "peak_bytes": {"10": 5, "20": 35}, "bytes_per_token": [3.0]}
+    made = {
+        "machine": clock.machine(),
+        "options": {"threads": 2},
+        "limits": {"copy_gb_s": 1, "matmul_float32_gflop_s": 1},
+    }
+    (tmp_path / "x.json").write_text(json.dumps(made | {"linear_family": {"rows": rows, "memory": memory}}))
+    text = markdown.page(tmp_path)
+    assert "| one | 2e+03 | a floor | 1e+03 | 2 | <= 1.5 |" in text and "| 25 | >= 20 |" in text
+    assert "3 bytes per token between lengths 10, 20" in text

@@ -81,6 +81,8 @@ def test_steps_round_no_more_than_forward_in_bfloat16() -> None:
         ({"log_decay": torch.zeros(2, 6, 2)}, "log_decay must be real"),
         ({"log_decay": torch.zeros(2, 6, 4, dtype=torch.long)}, "log_decay must be real"),
         ({"causal": False}, "needs causal=True"),
+        ({"relu": True}, "use only one"),
+        ({"log_decay": torch.ones(2, 6, 4), "backend": "reference"}, "at most 0, got a largest value of 1.0"),
         ({"state": KVState.empty(2, 5, 2, 8)}, "state.log_decay must be"),
         ({"state": KVState.empty(2, 5, 2, 8, nheads_decay=2)}, "state.log_decay must be"),
         ({"log_decay": None, "state": KVState.empty(2, 5, 2, 8, nheads_decay=4)}, "beside no log_decay"),

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from seqlib import native
+from seqlib import explain, native
 from seqlib.errors import UnsupportedInput
 from seqlib.ops import linear_attention, selective_scan
 from seqlib.ops.linear_attention import combine, step, summarize, torch_impl
@@ -354,3 +354,16 @@ def test_native_step_equals_torch(kind: str, dtype: torch.dtype) -> None:
     ys = [step(q, k, v, g, s, scale=0.5, backend=b) for s, b in zip(states, ("native", "torch"))]
     close(*states, 1e-5)
     close(*ys, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@needs_native
+@pytest.mark.native
+def test_explain_names_the_instruction_set() -> None:
+    """Whether 16-bit numbers are multiplied as such is not hidden."""
+    before = torch.ops.seqlib.isa(None)
+    q, k, v, g = (t.bfloat16() for t in draw("token"))
+    try:
+        torch.ops.seqlib.isa("portable")
+        assert "runs, loops for portable" in explain("linear_attention", q, k, v, g)
+    finally:
+        torch.ops.seqlib.isa(before)

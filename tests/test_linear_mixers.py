@@ -13,7 +13,9 @@ from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.decay import alibi_slopes, lightning_log_decay, retention_log_decay
 from seqlib.layers.feature_maps import taylor
 from seqlib.layers.init import fill_
+from seqlib.layers.lrpe import HouseholderLRPE
 from seqlib.mixers import Mixer, build_mixer
+from seqlib.mixers.matrix import MatrixState
 from seqlib.ops import rms_norm, selective_scan
 
 
@@ -128,6 +130,51 @@ def test_lrpe_sees_distances_only() -> None:
     close((near[0] * near[1]).sum(-1), (q * k * torch.cos(4 * m.lrpe.theta)).sum(-1))
 
 
+def test_minimax_token_mixer() -> None:
+    """Slopes of MiniMax, silu on v too, a norm with weights and a sigmoid gate."""
+    m = made("lightning", 12, nheads=3, variant="minimax")
+    fill_(m.norm_weight, torch.rand(12))
+    x = torch.randn(19, 12, dtype=torch.float64)
+    qkv, u = F.silu(x @ m.qkvu_proj.weight[:36].T), x @ m.qkvu_proj.weight[36:].T
+    slopes = 2.0 ** (-8 * torch.arange(1, 4).double() / 3)
+    y = _recurrent(*qkv.view(19, 3, 3, 4).unbind(1), -slopes * (1 - 1 / (3 + 1e-5) + 1e-5)).reshape(19, 12)
+    y = y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * m.norm_weight
+    close(m(x[None])[0][0], (torch.sigmoid(u) * y) @ m.out_proj.weight.T)
+
+
+def test_ring_token_mixer() -> None:
+    """Ring-linear: no activation, half of each head rotated, scaled scores, and a norm in groups."""
+    m = made("lightning", 16, nheads=4, variant="ring", norm_groups=2, qk_norm=True)
+    fill_(m.q_norm.weight, torch.rand(4))
+    x = torch.randn(19, 16, dtype=torch.float64)
+    q, k, v, u = (t.view(19, 4, 4) for t in (x @ m.qkvu_proj.weight.T).chunk(4, -1))
+    q, k = (
+        t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * n.weight for t, n in ((q, m.q_norm), (k, m.k_norm))
+    )
+    turn = torch.polar(torch.ones(19).double(), torch.arange(19).double())[:, None]
+    q, k = (
+        torch.cat([torch.view_as_real(torch.view_as_complex(t[..., :2].contiguous()) * turn), t[..., 2:]], -1)
+        for t in (q, k)
+    )
+    slopes = 2.0 ** (-2 * torch.arange(1, 5).double())
+    y = _recurrent(q / 2, k, v, -slopes * (1 - 1 / 3 + 1e-5)).view(19, 2, 8)
+    y = (y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).reshape(19, 16)
+    close(m(x[None])[0][0], (torch.sigmoid(u.flatten(1)) * y) @ m.out_proj.weight.T, 1e-6)  # angles are float32
+
+
+def test_states_of_the_other_convention_are_refused_or_converted() -> None:
+    """The Triton kernels of lightning attention and LASP carry a state that has decayed once more."""
+    m = made("lightning", 12, nheads=3)
+    x = torch.randn(2, 19, 12, dtype=torch.float64)
+    want, _ = m(x)
+    _, state = m(x[:, :11])
+    log_decay = torch.tensor(m.log_decay).double()
+    theirs = state.state * log_decay.exp()[:, None, None]
+    with pytest.raises(UnsupportedInput, match="off by one decay per head; make it with MatrixState.undecayed"):
+        MatrixState(theirs, decayed=True)
+    close(m(x[:, 11:], MatrixState.undecayed(theirs, log_decay))[0], want[:, 11:])
+
+
 def test_retnet_by_its_parallel_form() -> None:
     m = made("retnet", 16, nheads=2, rotary=False, expand_v=1.0)
     x = torch.randn(1, 21, 16, dtype=torch.float64)
@@ -206,6 +253,47 @@ def test_diag_attention_is_attention_per_block(causal: bool) -> None:
     close(m(x)[0], torch.cat([whole(block)[0] for block in x.split(5, 1)], 1))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_t1_rectifies_within_blocks_and_norms_after(causal: bool) -> None:
+    m = made("diag_attention", 12, nheads=2, window=5, causal=causal, activation="relu")
+    x = torch.randn(17, 12, dtype=torch.float64)
+    q, k, v = ((x @ p.weight.T).view(17, 2, 6) for p in (m.q_proj, m.k_proj, m.v_proj))
+    block = torch.arange(17) // 5
+    seen = block[:, None] == block
+    scores = torch.einsum("lhp,shp->hls", q, k).relu() / math.sqrt(6) * (seen.tril() if causal else seen)
+    y = torch.einsum("hls,shp->lhp", scores, v).reshape(17, 12)
+    y = y / (y.norm(dim=-1, keepdim=True) / math.sqrt(12) + 1e-8)
+    close(m(x[None])[0][0], y @ m.o_proj.weight.T, 1e-6)  # ours adds the square of 1e-8 under the root
+
+
+def test_householder_lrpe_sees_distances_only() -> None:
+    """x (I - 2 u u^T) rotated by pairs: a product of matrices, lengths kept, and nothing but the distance matters."""
+    lrpe = HouseholderLRPE(6).double()
+    assert not lrpe.v.requires_grad and HouseholderLRPE(6, learned=True).v.requires_grad
+    close(lrpe.theta, 10000 ** (-torch.arange(3) / 3).double(), 1e-6)  # was float32 once
+    q, k = torch.randn(2, 1, 2, 6, dtype=torch.float64)
+    u = lrpe.v / lrpe.v.norm()
+    angles = 7 * lrpe.theta
+    turn = torch.block_diag(
+        *(torch.stack([torch.stack([a.cos(), a.sin()]), torch.stack([-a.sin(), a.cos()])]) for a in angles)
+    )
+    (turned,) = lrpe(torch.tensor([7]), q)
+    close(turned, q @ (torch.eye(6).double() - 2 * u[:, None] * u) @ turn)
+    close(turned.norm(dim=-1), q.norm(dim=-1))
+    near = lrpe(torch.tensor([7]), q)[0] * lrpe(torch.tensor([3]), k)[0]
+    far = lrpe(torch.tensor([1007]), q)[0] * lrpe(torch.tensor([1003]), k)[0]
+    close(near.sum(-1), far.sum(-1))
+
+
+def test_transnormer_places_its_features() -> None:
+    m = made("transnormer", 12, nheads=2, lrpe=True)
+    x = torch.randn(17, 12, dtype=torch.float64)
+    q, k, v = ((x @ p.weight.T).view(17, 2, 6) for p in (m.q_proj, m.k_proj, m.v_proj))
+    q, k = m.lrpe(torch.arange(17), F.elu(q) + 1, F.elu(k) + 1)
+    y = torch.einsum("lhn,shn,ls,shp->lhp", q, k, torch.ones(17, 17).double().tril(), v).reshape(17, 12)
+    close(m(x[None])[0][0], (y / (y.norm(dim=-1, keepdim=True) / math.sqrt(12) + 1e-8)) @ m.o_proj.weight.T, 1e-7)
+
+
 def test_gated_deltanet_and_kda_start_as_published() -> None:
     for kind, low in (("gated_deltanet", 1e-4), ("kda", 1.0)):
         m = build_mixer({"kind": kind, "nheads": 64, "headdim": 4}, 32)
@@ -247,7 +335,13 @@ def test_places_outside_the_stack_are_refused() -> None:
         ("mamba2", {"A_min": 0.0}, "0 < A_min"),
         ("lightning", {"nheads": 5}, "nheads must divide d_model=32, got 5"),
         ("lightning", {}, "headdim must divide d_model=32, got 128"),
-        ("lightning", {"nheads": 4, "variant": "ring"}, "'transnormer' or 'minimax', got 'ring'"),
+        ("lightning", {"nheads": 4, "variant": "rong"}, "'transnormer', 'minimax' or 'ring', got 'rong'"),
+        ("lightning", {"nheads": 4, "norm_groups": 2}, "'transnormer' has no norm_groups"),
+        ("lightning", {"nheads": 4, "variant": "ring", "lrpe": True}, "'ring' has no lrpe"),
+        ("lightning", {"nheads": 4, "variant": "ring", "norm_groups": 3}, "norm_groups must divide"),
+        ("transnormer", {"nheads": 32, "lrpe": True}, "an even number of them, got 1"),
+        ("diag_attention", {"activation": "gelu"}, "'softmax' or 'relu', got 'gelu'"),
+        ("diag_attention", {"lrpe": True, "rotary": True}, "lrpe or rotary"),
         ("retnet", {"nheads": 3}, "nheads must divide expand_k \\* d_model=32, got 3"),
         ("retnet", {"nheads": 32}, "rotary"),
         ("linear_transformer", {"nheads": 5}, "nheads must divide d_model=32, got 5"),

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from seqlib.errors import CheckpointMismatch, ConfigError, CorpusError, SeqlibError, UnsupportedInput
 from seqlib.hf import ByteTokenizer
+from seqlib.hf.runs import override, read_metrics
 from seqlib.lm import cli
 from seqlib.lm import demo as demonstration
 from seqlib.lm import train as training
@@ -30,8 +31,7 @@ from seqlib.lm.corpus import Corpus, Document, read_corpus, stdlib_corpus
 from seqlib.lm.data import PackedRows, Tokens, tokenize
 from seqlib.lm.evaluate import evaluate, score
 from seqlib.lm.generate import _ByteStreamer, generate, load_model
-from seqlib.lm.progress import read_metrics
-from seqlib.lm.recipes import demo, mixer_sweep, override, tiny
+from seqlib.lm.recipes import demo, mixer_sweep, tiny
 from seqlib.lm.sweep import run_sweep
 
 QUIET = Console(quiet=True)
@@ -349,7 +349,7 @@ def test_evaluate_command(
         ("train {text} --recipe tiny --output {tmp}/run --set tokenizer={tmp}", "tokenizer"),
         ("train {text} --recipe tiny --output {tmp}/run --set seqlen=100000", "lower seqlen"),
         ("evaluate {tmp}", "no run folder"),
-        ("evaluate {tmp} {text}", "no model could be loaded"),
+        ("evaluate {tmp} {text}", "neither config.json nor"),
         ("evaluate {run} {tmp}/binary", "found no text"),
         ("evaluate {run} --split half", "unknown split"),
         ("evaluate {run} --chunk 0", "chunk"),
@@ -358,6 +358,12 @@ def test_evaluate_command(
         ("generate {run} --prompt a --max-new-tokens 0", "max_new_tokens"),
         ("generate {run} --prompt a --prompt-file b", "not both"),
         ("generate {run} --prompt-file {tmp}/missing", "cannot be read"),
+        ("generate {run} --lines {tmp}/missing", "cannot be read"),
+        ("generate {run} --lines {text} --prompt a", "not both"),
+        ("generate {run} --lines {text}/0.txt", "is not JSON"),
+        ("generate {run} --prompt a --set num_beans=2", "did you mean 'num_beams'"),
+        ("generate {run} --prompt a --set num_beams", "key=value"),
+        ("generate {run} --prompt a --tokenizer {tmp}", "no tokenizer could be loaded"),
         ("demo --output {text}", "is no run"),
     ],
 )

@@ -386,8 +386,9 @@ def test_cifar_batches(tmp_path: Path) -> None:
         prepare("image", "lra", data=tmp_path / "data", any_size=True, cache=tmp_path / "c")
 
 
-def mega_folder(folder: Path, values: list[str], labels: list[str]) -> Path:
-    for kind, ending, lines in (("input", "src", values), ("label", "label", labels)):
+def mega_folder(folder: Path, labels: list[str], *sources: list[str]) -> Path:
+    kinds = [("label", "label", labels), *((k, "src", v) for k, v in zip(("input", "input1"), sources))]
+    for kind, ending, lines in kinds:
         (folder / kind).mkdir(parents=True)
         for split in ("train", "valid", "test"):
             (folder / kind / f"{split}.{ending}").write_text("\n".join(lines) + "\n")
@@ -395,16 +396,44 @@ def mega_folder(folder: Path, values: list[str], labels: list[str]) -> Path:
 
 
 def test_mega_layout(tmp_path: Path) -> None:
-    mega_folder(tmp_path / "d" / "image", ["0 7 255", "3 3 3"], ["1", "9"])
-    data = prepare("image", data=tmp_path / "d", any_size=True, cache=tmp_path / "c")
-    assert data.splits["validation"].sequence(0).tolist() == [0, 7, 255]
-    assert data.manifest["facts"] == {"layout": "mega"}
-    (tmp_path / "d" / "image" / "label" / "valid.label").write_text("1\n")
-    with pytest.raises(CorpusError, match=r"valid.src has 2 lines and .*valid.label 1"):
-        prepare("image", "s4", data=tmp_path / "d", any_size=True, cache=tmp_path / "c")
-    (tmp_path / "d" / "image" / "label" / "valid.label").write_text("1\n10\n")
-    with pytest.raises(CorpusError, match=r"valid.label:2: label 10 is out of range 0 .. 9"):
-        prepare("image", "lra", data=tmp_path / "d", any_size=True, cache=tmp_path / "c")
+    mega_folder(tmp_path / "d" / "text", ["1", "0"], ["5 7 255", "3 3"])
+    data = prepare("text", data=tmp_path / "d", any_size=True, cache=tmp_path / "c")
+    assert data.splits["validation"].sequence(0).tolist() == [5, 7, 255]
+    assert data.manifest["facts"] == {"layout": "mega"} and data.pad == 256 and data.vocab_size == 257
+    mega_folder(tmp_path / "d" / "retrieval", ["1", "0"], ["5 7", "3"], ["2", "4 4 4"])
+    pairs = prepare("retrieval", data=tmp_path / "d", any_size=True, cache=tmp_path / "c").splits["test"]
+    assert pairs.sequence(1, 0).tolist() == [3] and pairs.sequence(1, 1).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("label/valid.label", "1\n", r"input/valid.src has 2 lines and .*valid.label 1"),
+        ("input1/test.src", "1 2\n3\n4\n", r"input1/test.src has 3 lines and .*test.label 2"),
+        ("label/valid.label", "1\n2\n", r"valid.label:2: label 2 is out of range 0 .. 1"),
+        ("input/train.src", "1 2\n3 x\n", r"input/train.src:2: not integers"),
+        ("input/train.src", "1 2\n\n", r"input/train.src:2: expected one or more integers"),
+        ("input1/train.src", None, r"input1/train.src is missing"),
+    ],
+)
+def test_damaged_mega_pairs_name_file_and_line(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    folder = mega_folder(tmp_path / "d" / "retrieval", ["1", "0"], ["5 7", "3"], ["2", "4 4 4"])
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(CorpusError, match=message):
+        prepare("retrieval", data=tmp_path / "d", any_size=True, cache=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"), [("7 " * 1023, "found 1023, the largest 7"), ("7 " * 1023 + "256", "the largest 256")]
+)
+def test_images_of_another_size_or_range(pixels: str, message: str, tmp_path: Path) -> None:
+    for task in ("image", "pathfinder"):
+        mega_folder(tmp_path / "d" / task, ["1"] * 2, ["1 " * 1024, pixels])
+        with pytest.raises(CorpusError, match=rf"train.src:2: expected 1024 pixels from 0 to 255, .*{message}"):
+            prepare(task, data=tmp_path / "d", any_size=True, cache=tmp_path / "c")
 
 
 @pytest.mark.parametrize("task", ["listops", "retrieval", "pathfinder", "pathx", "pathfinder256"])

@@ -245,7 +245,7 @@ def test_published_nystromformer_depends_on_its_neighbours() -> None:
     [
         ({"kind": "nystromformer", "conv": 4}, "conv must be odd"),
         ({"kind": "reformer", "max_buckets": 3}, "max_buckets must be even"),
-        ({"kind": "bigbird", "window": 2}, "odd window"),
+        ({"kind": "bigbird", "near": 2}, "odd near"),
         ({"kind": "synthesizer", "scores": "keys"}, "random, factorized or dense"),
         ({"kind": "synthesizer", "lra_faithful": True}, "dense scores only"),
         ({"kind": "performer", "feature_map": "elu1"}, "softmax or relu"),

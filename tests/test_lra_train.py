@@ -13,13 +13,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from seqlib.errors import ConfigError, SeqlibError
-from seqlib.lra import cli, leaderboard, report, suite
+from seqlib.hf.runs import override, read_metrics
+from seqlib.lra import cli, leaderboard, report, seeds, suite
 from seqlib.lra import train as training
 from seqlib.lra.evaluate import collate, invariance, score_examples, score_recall, wilson
 from seqlib.lra.published import PUBLISHED
 from seqlib.lra.recall import RECALL, Stream, make_batch
 from seqlib.lra.recipes import Recipe, find_recipe
-from seqlib.lra.runs import override, read_metrics
 from seqlib.lra.scores import GROUPS, rows
 from seqlib.lra.store import Examples
 from seqlib.lra.synthetic import Batch
@@ -34,7 +34,7 @@ def source(folder: Path) -> training.DataSource:
 
 
 def tiny(task: str, *settings: str, mixer: str | None = None) -> Recipe:
-    return training.configure("tiny", task, settings, mixer, None)
+    return seeds.configure("tiny", task, settings, mixer, None)
 
 
 class Kill(TrainerCallback):
@@ -90,9 +90,9 @@ def test_run_folder_tells_everything_and_loads_with_auto_classes(tmp_path: Path)
 
 def test_seeds_are_summed_up_and_finished_ones_kept(tmp_path: Path) -> None:
     recipe = tiny("parity", "steps=4")
-    first = training.train_seeds(recipe, source(tmp_path), tmp_path / "r", [0], console=QUIET)
+    first = seeds.train_seeds(recipe, source(tmp_path), tmp_path / "r", [0], console=QUIET)
     stamp = (tmp_path / "r" / "seed-0" / "result.json").stat().st_mtime_ns
-    both = training.train_seeds(recipe, source(tmp_path), tmp_path / "r", [0, 1], console=QUIET)
+    both = seeds.train_seeds(recipe, source(tmp_path), tmp_path / "r", [0, 1], console=QUIET)
     assert (tmp_path / "r" / "seed-0" / "result.json").stat().st_mtime_ns == stamp
     assert both["accuracies"][0] == first["mean"] and both["mean"] == pytest.approx(np.mean(both["accuracies"]))
     assert first["std"] is None and both["std"] == pytest.approx(np.std(both["accuracies"], ddof=1))
@@ -127,6 +127,44 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
             tmp_path / "r",
             console=QUIET,
         )
+
+
+def test_sequences_that_are_longer_than_a_mixer_has_weights_for(tmp_path: Path) -> None:
+    """Found before a run folder is made, and before an evaluation begins."""
+    limited = {"n_layer": 2, "layer_pattern": "p m", "mixers": {"p": {"kind": "learned_positions", "max_seqlen": 60}}}
+    recipe = dataclasses.replace(tiny("listops"), **limited | {"mixers": limited["mixers"] | {"m": {"kind": "fnet"}}})
+    longer = {"max_depth": 5, "min_length": 60, "max_length": 90}
+    with pytest.raises(ConfigError, match=r"mixer p \(learned_positions\) has weights for 60 positions"):
+        training.train(
+            dataclasses.replace(recipe, data=recipe.data | longer), source(tmp_path), tmp_path / "r", console=QUIET
+        )
+    assert not (tmp_path / "r").exists()
+    result = training.train(recipe, source(tmp_path), tmp_path / "r", console=QUIET)
+    assert result["invariance"]["holds"]
+    with pytest.raises(ConfigError, match="or take shorter data"):
+        report.evaluate_model(str(tmp_path / "r"), generate=longer)
+
+
+def test_pixels_as_numbers(tmp_path: Path) -> None:
+    """A linear map of the intensity takes the place of 256 embeddings, also after loading."""
+    result = training.train(
+        tiny("pathfinder", "numbers=true", "steps=4"), source(tmp_path), tmp_path / "r", console=QUIET
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r" / "model")
+    weight = model.model.embed_tokens.weight
+    assert weight.shape == (2, 16) and result["test"]["n"] == 20
+    x = model.model.embed_tokens(torch.tensor([0, 255, 51]))
+    torch.testing.assert_close(
+        x, torch.stack([weight[1] - weight[0], weight[1] + weight[0], weight[1] - 0.6 * weight[0]])
+    )
+    with pytest.raises(ConfigError, match="numbers must be False but for image"):
+        tiny("listops", "numbers=true")
+
+
+def test_recall_tasks_refuse_mixers_that_look_ahead() -> None:
+    for mixer in ("fnet", '{"kind": "attention", "causal": false}', '{"kind": "s4d", "bidirectional": true}'):
+        with pytest.raises(ConfigError, match="reads what follows"):
+            tiny("mqar", mixer=mixer)
 
 
 def test_a_model_learns(tmp_path: Path) -> None:
@@ -252,8 +290,8 @@ def test_settings_change_recipes() -> None:
     assert recipe.mixers == {"m": {"kind": "mamba", "d_state": 4}}
     for wrong, message in {
         "step=3": "did you mean steps",
-        "steps=x": "not of type int",
-        "steps": "FIELD=VALUE",
+        "steps=x": "is not int",
+        "steps": "key=value",
     }.items():
         with pytest.raises(ConfigError, match=message):
             override(recipe, [wrong])
@@ -266,6 +304,10 @@ def test_settings_change_recipes() -> None:
     ):
         with pytest.raises(ConfigError):
             dataclasses.replace(recipe, **change)
+    turns = tiny("mqar", "n_layer=2", mixer="gated_conv based")
+    assert turns.layer_pattern == "m m1" and [m["kind"] for m in turns.mixers.values()] == ["gated_conv", "based"]
+    with pytest.raises(ConfigError, match="no JSON object"):
+        tiny("mqar", mixer='{"kind": mamba}')
     with pytest.raises(ConfigError, match="there is no recipe 's4' for mqar"):
         find_recipe("s4", "mqar")
 
@@ -287,7 +329,7 @@ def test_published_averages_recompute() -> None:
 
 
 def test_table_holds_published_and_own_rows(tmp_path: Path) -> None:
-    training.train_seeds(tiny("listops", "steps=4"), source(tmp_path), tmp_path / "mine", [0, 1], console=QUIET)
+    seeds.train_seeds(tiny("listops", "steps=4"), source(tmp_path), tmp_path / "mine", [0, 1], console=QUIET)
     leaderboard.show([tmp_path / "mine"], None, tmp_path / "out", QUIET)
     written = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert set(written) == {"table.txt", "table.md", "table.json", "table.png"}
@@ -328,11 +370,11 @@ def test_suite_ranks_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         suite.run_suite("smoke", minutes=5, **(asked | {"mixers": ["x"]}))
 
 
-# A sum has no size of its own: it says which mixers it is made of.
-@pytest.mark.parametrize("kind", sorted(MIXERS.keys() - {"sum"}))
+# These two have no size of their own: they say which mixers they are made of.
+@pytest.mark.parametrize("kind", sorted(MIXERS.keys() - {"shared", "sum"}))
 def test_every_mixer_has_a_size_for_the_suite(kind: str) -> None:
     for d_model in (16, 64):
-        (config,) = suite.named_mixers([kind], d_model).values()
+        ((config,),) = suite.named_mixers([kind], d_model).values()
         mixer = build_mixer(config, d_model)
         assert mixer.state_bytes(1, 64) < 1 << 20
 

@@ -33,6 +33,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"nheads": 4},
         {"nheads": 3, "headdim": 6, "lrpe": True, "bias": True},
         {"nheads": 4, "variant": "minimax"},
+        {"nheads": 4, "variant": "ring", "qk_norm": True, "norm_groups": 2},
     ],
     "retnet": [{"nheads": 4}, {"nheads": 2, "expand_k": 0.5, "expand_v": 1.0, "rotary": False}],
     "linear_transformer": [
@@ -54,15 +55,26 @@ VARIANTS: dict[str, list[dict]] = {
     "conv_attention": [{"nheads": 4}, {"nheads": 2, "nheads_kv": 1, "d_conv": 3, "bias": True, "window": 5}],
     "channel": [{"mlp": {"d_mlp": 20, "gated": False, "activation": "relu2"}}, {"mlp": {"d_mlp": 12, "nexperts": 3}}],
     "gated_conv": [{}, {"d_conv": 4, "expand": 1, "bias": False, "conv_bias": False}],
-    "transnormer": [{"nheads": 4}, {"nheads": 2, "feature_map": "elu"}],
+    "transnormer": [{"nheads": 4}, {"nheads": 2, "feature_map": "elu"}, {"nheads": 2, "lrpe": True}],
     "diag_attention": [
         {"nheads": 4, "window": 8},
         {"nheads": 2, "nheads_kv": 1, "window": 3, "rotary": True},
         {"nheads": 2, "window": 4, "forget_gate": True},
+        {"nheads": 2, "window": 5, "activation": "relu", "lrpe": True},
     ],
     "path": [
         {"nheads": 2},
         {"nheads": 4, "nheads_kv": 2, "w_rank": None, "d_conv": 2, "forget_gate": True, "qk_norm": True},
+    ],
+    "rpe_attention": [
+        {"nheads": 4, "window": 9, "n_features": 6},
+        {"nheads": 2, "window": 70, "feature_map": "elu1", "bias": True},
+        # A bias of zero is one exponential, as long as the window reaches over every test.
+        {"nheads": 4, "window": 80, "decode": "exponentials", "n_exponentials": 2},
+    ],
+    "shared": [
+        {"mixer": {"kind": "attention", "nheads": 2}, "adapter_rank": 3},
+        {"mixer": {"kind": "mamba2", "headdim": 16, "d_state": 4}, "adapter_rank": 2, "adapted": ["in_proj"]},
     ],
     "sum": [
         {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,9 @@ from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.mlp import MLPConfig
 from seqlib.models import Backbone, BackboneConfig, LanguageModel, lm_loss, param_groups
 from seqlib.models.config import expand_pattern
-from seqlib.models.heads import pool
+from seqlib.models.heads import finish_logits, pool
+from seqlib.ops import rms_norm
+from seqlib.ops.linear_cross_entropy import torch_impl
 from seqlib.sequence import SequenceInfo
 
 HYBRID = BackboneConfig(
@@ -52,8 +56,6 @@ def test_wrong_pattern_is_refused(pattern: str, n_layer: int, message: str) -> N
 
 
 def test_config_round_trip() -> None:
-    import json
-
     plain = json.loads(json.dumps(HYBRID.to_dict()))
     assert BackboneConfig.from_dict(plain) == HYBRID
     with pytest.raises(ConfigError, match="no field depth"):
@@ -75,6 +77,81 @@ def test_backbone_carries_its_state() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-10, rtol=0)
     assert state.seqlen == last.seqlen == 23
     assert backbone.initial_state(2, 23).nbytes == backbone.state_bytes(2, 23)
+
+
+ASIDE = {"attention": {"nheads": 2}, "d_mlp": 20, "rank": 3, "attention_adapters": True}
+
+
+def options(**block) -> BackboneConfig:
+    mixers = {"m": {"kind": "mamba2", "headdim": 8, "d_state": 4}, "a": {"kind": "attention", "nheads": 4}}
+    mlp = {"d_mlp": 24, "nexperts": 3, "top_k": 2}
+    return BackboneConfig(
+        d_model=32, n_layer=4, mixers=mixers, layer_pattern="m a", mlp=MLPConfig(d_mlp=16), norm_offset=1.0,
+        blocks={"a": {"mlp": mlp, "mixer_scale": 0.5, "mlp_scale": 2.0, "mixer_skip": 3.0, "mlp_skip": 0.7, **block}},
+        aside=ASIDE if "aside" in block else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [{}, {"norm": "post"}, {"norm": "stream"}, {"aside": True}])
+def test_every_block_carries_its_state(block: dict) -> None:
+    """Split, stepped, saved as plain values and checkpointed, a stack with options is the same stack."""
+    config = options(**block)
+    assert BackboneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    torch.manual_seed(0)
+    backbone = Backbone(config).double()
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.2) if parameter.dim() == 1 or not bool(parameter.any()) else None
+    x = torch.randn(2, 13, 32, dtype=torch.float64)
+    want, _ = backbone(x)
+    y, state = backbone(x[:, :6], backbone.initial_state(2, 13, dtype=x.dtype))
+    parts = [y]
+    for t in range(6, 13):
+        y, state = backbone.step(x[:, t], state)
+        parts.append(y.unsqueeze(1))
+    torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-10, rtol=0)
+    mask = torch.ones(2, 13, dtype=torch.bool)
+    mask[0, :5] = False
+    alone, _ = backbone(x[:1, 5:])
+    torch.testing.assert_close(backbone(x, None, SequenceInfo(padding_mask=mask))[0][:1, 5:], alone, atol=1e-10, rtol=0)
+    assert backbone.initial_state(2, 13).nbytes == backbone.state_bytes(2, 13)
+    backbone.gradient_checkpointing = True
+    torch.testing.assert_close(backbone(x)[0], want)
+    torch.testing.assert_close(backbone(x.roll(1, 0))[0].roll(1, 0), want)
+
+
+def test_blocks_are_what_they_say() -> None:
+    """One layer of each form, against the formula."""
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    for norm in ("pre", "post", "stream"):
+        layer = Backbone(options(norm=norm)).double().layers[1]
+        f, g = lambda h, m=layer.mixer: m(h)[0], layer.mlp
+        n = [lambda h, w=w: rms_norm(h, w.weight + 1, eps=1e-5) for w in (layer.norm, layer.mlp_norm)]
+        if norm == "pre":
+            y = 3.0 * x + 0.5 * f(n[0](x))
+            want = 0.7 * y + 2.0 * g(n[1](y))
+        elif norm == "post":
+            y = 3.0 * x + 0.5 * n[0](f(x))
+            want = 0.7 * y + 2.0 * n[1](g(y))
+        else:
+            y = 3.0 * n[0](x) + 0.5 * f(n[0](x))
+            want = 0.7 * n[1](y) + 2.0 * g(n[1](y))
+        torch.testing.assert_close(layer(x, None, None)[0], want)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"norm": "both"}, "norm must be"),
+        ({"aside": True, "norm": "post"}, "aside needs norm='pre'"),
+        ({"depth": 2}, "block config has no field depth"),
+        ({"mlp": {"nexperts": 2, "d_mpl": 3}}, "mlp config has no field d_mpl"),
+    ],
+)
+def test_blocks_that_mean_nothing_are_refused(block: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options(**block)
+    with pytest.raises(ConfigError, match="blocks x do not occur"):
+        BackboneConfig(d_model=8, n_layer=1, mixers={"m": {"kind": "mamba"}}, layer_pattern="m", blocks={"x": {}})
 
 
 def test_backbone_refuses_a_foreign_state() -> None:
@@ -109,14 +186,15 @@ def test_residual_stream_is_float32() -> None:
 
 @pytest.mark.parametrize("chunk", [1 << 6, 1 << 24])
 @pytest.mark.parametrize("num_items", [None, 7])
-def test_lm_loss_is_cross_entropy(monkeypatch, chunk: int, num_items: int | None) -> None:
-    monkeypatch.setattr("seqlib.models.heads._LOGITS", chunk)
+@pytest.mark.parametrize("shape", [{}, {"scale": 0.3}, {"scale": 2.0, "softcap": 1.5}])
+def test_lm_loss_is_cross_entropy(monkeypatch, chunk: int, num_items: int | None, shape: dict) -> None:
+    monkeypatch.setitem(torch_impl.LOGITS, "cpu", chunk)
     hidden = torch.randn(2, 11, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(13, 8, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(13, (2, 11))
     labels[0, 3:6] = -100
-    loss = lm_loss(hidden, weight, labels, num_items=num_items)
-    flat = (hidden @ weight.t())[:, :-1].reshape(-1, 13)
+    loss = lm_loss(hidden, weight, labels, num_items=num_items, **shape)
+    flat = finish_logits(hidden @ weight.t(), **shape)[:, :-1].reshape(-1, 13)
     want = F.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="mean" if num_items is None else "sum")
     want = want if num_items is None else want / num_items
     torch.testing.assert_close(loss, want)

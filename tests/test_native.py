@@ -152,6 +152,31 @@ def test_a_named_backend_is_never_replaced() -> None:
     assert "BackendUnavailable" in done.stderr and "no C++ compiler" in done.stderr
 
 
+def test_missing_cuda_is_explained(monkeypatch, tmp_path: Path) -> None:
+    """Without nvcc, and without a device, the GPU kernels say what they lack."""
+    native._nvcc.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("CUDACXX", "")
+    with pytest.raises(NativeUnavailable, match="no nvcc on the path, in CUDA_HOME or in CUDACXX; install the CUDA"):
+        native._nvcc()
+    native._nvcc.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NativeUnavailable, match="torch sees no CUDA device"):
+        native.load.__wrapped__("cuda")
+
+
+def test_a_library_serves_the_architectures_in_its_name(nothing_built, monkeypatch) -> None:
+    """One built for two architectures is found for either, and not for a third."""
+    monkeypatch.setattr(native, "_nvcc", native._compiler)
+    folder = native._PREBUILT
+    folder.mkdir()
+    library = folder / native._name("cuda", "", ("sm_80", "sm_90"))
+    library.write_text("")
+    assert native._find("cuda", ("sm_90",)) == native._find("cuda", ("sm_80", "sm_90")) == library
+    assert native._find("cuda", ("sm_100",)) is None
+
+
 def test_instruction_set_is_checked() -> None:
     reason = native.why_unavailable("cpu")
     if reason:

@@ -23,6 +23,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 # Largest absolute error on outputs of unit scale, and on gradients relative to their largest entry.
 ABSOLUTE = {torch.float64: 1e-10, torch.float32: 1e-5}
 GRADIENT = {torch.float64: 1e-10, torch.float32: 1e-4}
+# Ops whose kernels multiply 16-bit numbers where the machine can.
+BF16_OPS = ("linear_attention",)
 # Relative RMS error of 16-bit results against the reference on the same rounded inputs.
 RMS, RMS_GRADIENT = 6e-3, 1e-2
 
@@ -41,7 +43,9 @@ def _grid():
                     if impl.name == "reference" and dtype == torch.float64:
                         continue
                     if impl.needs == ("native",):
-                        for isa in ("avx512", "avx2", "portable"):
+                        for isa in ("avx512bf16", "avx512", "avx2", "portable"):
+                            if isa == "avx512bf16" and (dtype != torch.bfloat16 or name not in BF16_OPS):
+                                continue
                             yield pytest.param(
                                 op, impl, case, dtype, isa, id=f"{name}-{impl.name}-{case.name}-{_short(dtype)}-{isa}"
                             )
@@ -82,7 +86,7 @@ def _run(op: Op, inputs: dict, form: str, backend: str) -> tuple[list[torch.Tens
     leaves = _leaves(inputs)
     g = torch.Generator().manual_seed(1)
     loss = sum(
-        ((t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype)).real.sum() for t in smooth),
+        ((t * torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.device, t.dtype)).real.sum() for t in smooth),
         torch.zeros(()),
     )
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if smooth else []
@@ -104,6 +108,23 @@ def _close(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype,
     else:
         bound = RMS_GRADIENT if gradient else RMS
         assert float(error.square().mean().sqrt()) <= bound * float(want.abs().square().mean().sqrt()) + 1e-7, name
+
+
+def compare(op: Op, impl: Impl, inputs: dict, dtype: torch.dtype) -> None:
+    """Outputs and gradients of a row against the reference on the same inputs."""
+    # 16-bit: the reference sees the same rounded numbers in float32, parameters as they are.
+    exact = torch.float32 if dtype in (torch.bfloat16, torch.float16) else torch.float64
+    truth = {
+        k: v.map(lambda t: _widen(t, exact)) if isinstance(v, State) else _widen(v, exact) for k, v in inputs.items()
+    }
+    got, got_grads = _run(op, inputs, impl.form, impl.name)
+    want, want_grads = _run(op, truth, "reference", "reference")
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want)):
+        _close(f"output {i}", a, b, dtype, gradient=False)
+    assert got_grads.keys() == (want_grads.keys() if impl.grad else set())
+    for k in got_grads:
+        _close(f"gradient of {k}", got_grads[k], want_grads[k], dtype, gradient=True)
 
 
 @pytest.fixture
@@ -133,19 +154,7 @@ def test_row_equals_reference(op: Op, impl: Impl, case: Case, dtype: torch.dtype
     except BackendUnavailable as error:
         assert impl.limits or impl.refuses, str(error)
         pytest.skip(f"outside this row: {error}")
-    # 16-bit: the reference sees the same rounded numbers in float32, parameters as they are.
-    exact = torch.float32 if dtype == torch.bfloat16 else torch.float64
-    truth = {
-        k: v.map(lambda t: _widen(t, exact)) if isinstance(v, State) else _widen(v, exact) for k, v in inputs.items()
-    }
-    got, got_grads = _run(op, inputs, impl.form, impl.name)
-    want, want_grads = _run(op, truth, "reference", "reference")
-    assert len(got) == len(want)
-    for i, (a, b) in enumerate(zip(got, want)):
-        _close(f"output {i}", a, b, dtype, gradient=False)
-    assert got_grads.keys() == (want_grads.keys() if impl.grad else set())
-    for k in got_grads:
-        _close(f"gradient of {k}", got_grads[k], want_grads[k], dtype, gradient=True)
+    compare(op, impl, inputs, dtype)
 
 
 @pytest.mark.parametrize("name", list(OPS))

@@ -3,21 +3,22 @@
 
 namespace seqlib {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512bf16 };
 
 Isa isa();
 
 }  // namespace seqlib
 
 // Declares `void name(const Args&, int64_t begin, int64_t end)` in the namespace of each instruction set, and a
-// function name##_for() that returns the one of this machine.
+// function name##_for() that returns the one of this machine. Few kernels have a form of their own in avx512bf16; the
+// others run their avx512 form there.
 #if defined(__x86_64__) || defined(_M_X64)
 #define SEQLIB_KERNEL(name, Args)                                                             \
   namespace avx512 { void name(const Args&, int64_t, int64_t); }                              \
   namespace avx2 { void name(const Args&, int64_t, int64_t); }                                \
   namespace portable { void name(const Args&, int64_t, int64_t); }                            \
   inline auto name##_for() {                                                                  \
-    return isa() == Isa::avx512 ? avx512::name : isa() == Isa::avx2 ? avx2::name : portable::name; \
+    return isa() >= Isa::avx512 ? avx512::name : isa() == Isa::avx2 ? avx2::name : portable::name; \
   }
 #else
 #define SEQLIB_KERNEL(name, Args)                                  \

@@ -130,7 +130,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
     a.parts = (a.headdim + a.part_width - 1) / a.part_width;
   }
   const int64_t grain = std::max<int64_t>(1, 40000 / call.work(a.part_width));
-  const auto kernel = call.per_channel ? linear_attention_channel_fwd_for() : linear_attention_fwd_for();
+  auto kernel = call.per_channel ? linear_attention_channel_fwd_for() : linear_attention_fwd_for();
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa() == Isa::avx512bf16 && a.v.bf16 && !call.per_channel) kernel = avx512bf16::linear_attention_fwd;
+#endif
   torch::stable::parallel_for(0, tasks * a.parts, grain,
                               [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return {y, final, checkpoints};

@@ -29,6 +29,6 @@ SEQLIB_KERNEL(long_conv_fwd, LongConvArgs)
 SEQLIB_KERNEL(long_conv_bwd, LongConvArgs)
 
 // Channels in a block: the lanes of the instruction set in use.
-inline int64_t long_conv_lanes() { return isa() == Isa::avx512 ? 16 : isa() == Isa::avx2 ? 8 : 4; }
+inline int64_t long_conv_lanes() { return isa() >= Isa::avx512 ? 16 : isa() == Isa::avx2 ? 8 : 4; }
 
 }  // namespace seqlib

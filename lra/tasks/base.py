@@ -133,24 +133,42 @@ def split_order(n: int, counts: tuple[int, int], rule: str) -> tuple[NDArray[Any
     return order[: n - held - test], order[n - held - test : n - test], order[n - test :]
 
 
-def read_mega(folder: Path, classes: int) -> dict[str, Examples] | None:
-    """The layout of facebookresearch/mega: integers in input/<split>.src, labels in label/<split>.label."""
+def read_mega(folder: Path, classes: int, *, width: int = 1, image: int | None = None) -> dict[str, Examples] | None:
+    """The layout of facebookresearch/mega: integers in input/<split>.src, labels in label/<split>.label.
+
+    Args:
+        width: 2 for pairs, whose second texts are in input1/<split>.src.
+        image: number of pixels, 0 .. 255, that every line must have; None for text.
+    """
     if not (folder / "input" / "train.src").is_file():
         return None
     splits = {}
     for split, name in MEGA_SPLITS.items():
-        source, target = folder / "input" / f"{name}.src", folder / "label" / f"{name}.label"
-        for path in (source, target):
+        sources = [folder / kind / f"{name}.src" for kind in ("input", "input1")[:width]]
+        target = folder / "label" / f"{name}.label"
+        for path in (*sources, target):
             if not path.is_file():
                 raise CorpusError(f"{path} is missing; the folder has the layout of mega but not all of its files")
-        rows = [_integers(source, i, line) for i, line in enumerate(source.read_text().splitlines(), 1)]
+        columns = [_numbered(source, image) for source in sources]
         labels = [_integers(target, i, line) for i, line in enumerate(target.read_text().splitlines(), 1)]
-        if len(rows) != len(labels):
-            raise CorpusError(f"{source} has {len(rows)} lines and {target} {len(labels)}; they must pair up")
+        for source, rows in zip(sources, columns):
+            if len(rows) != len(labels):
+                raise CorpusError(f"{source} has {len(rows)} lines and {target} {len(labels)}; they must pair up")
         flat = np.array([label[0] if len(label) == 1 else -1 for label in labels])
         check_labels(target, flat, classes)
-        splits[split] = Examples.pack(rows, flat, vocab_size=1 + max(int(row.max()) for row in rows))
+        rows = [row for rows_of_one in zip(*columns) for row in rows_of_one]
+        splits[split] = Examples.pack(rows, flat, vocab_size=1 + max(int(row.max()) for row in rows), width=width)
     return splits
+
+
+def _numbered(path: Path, image: int | None) -> list[NDArray[np.int64]]:
+    rows = [_integers(path, i, line) for i, line in enumerate(path.read_text().splitlines(), 1)]
+    for number, row in enumerate(rows, 1):
+        if image is not None and (len(row) != image or row.max() > 255):
+            raise CorpusError(
+                f"{path}:{number}: expected {image} pixels from 0 to 255, found {len(row)}, the largest {row.max()}"
+            )
+    return rows
 
 
 def _integers(path: Path, number: int, line: str) -> NDArray[np.int64]:

@@ -40,7 +40,7 @@ class Image(Task):
 
     def read(self, root: Path, protocol: Protocol) -> Prepared:
         for name in ("image", "cifar10"):
-            mega = read_mega(root / name, self.classes)
+            mega = read_mega(root / name, self.classes, image=1024)
             if mega is not None:
                 return Prepared(mega, 256, None, {"layout": "mega"})
         folder = next((p for p in (root / "cifar-10-batches-py", root / "cifar" / "cifar-10-batches-py", root)

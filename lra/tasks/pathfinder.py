@@ -41,7 +41,7 @@ class Pathfinder(Task):
     generates: ClassVar[Mapping[str, Any]] = {"train": 160_000, "validation": 20_000, "test": 20_000, "size": 32}
 
     def read(self, root: Path, protocol: Protocol) -> Prepared:
-        mega = read_mega(root / self.name, self.classes)
+        mega = read_mega(root / self.name, self.classes, image=self.size**2)
         if mega is not None:
             return Prepared(mega, 256, None, {"layout": "mega"})
         inner = f"pathfinder{self.size}/{_SET}"

@@ -12,7 +12,7 @@ from seqlib.errors import CorpusError
 
 from ..protocols import Protocol
 from ..store import Examples
-from .base import Prepared, Task
+from .base import Prepared, Task, read_mega
 from .text import encode_texts
 
 __all__ = ["Retrieval"]
@@ -32,14 +32,19 @@ class Retrieval(Task):
     width: ClassVar[int] = 2
     counts: ClassVar[Mapping[str, int]] = {"train": 147_086, "validation": 18_090, "test": 17_437}
     where: ClassVar[str] = (
-        "new_aan_pairs.{train,eval,test}.tsv in tsv_data/ (lra_release archive), aan/ or the folder itself"
+        "new_aan_pairs.{train,eval,test}.tsv in tsv_data/ (lra_release archive), aan/ or the folder itself, or "
+        "retrieval/input/train.src and retrieval/input1/train.src of the layout of mega"
     )
 
     def read(self, root: Path, protocol: Protocol) -> Prepared:
         folders = [root / name for name in ("tsv_data", "aan", ".")]
         folder = next((folder for folder in folders if (folder / _FILES["train"]).is_file()), None)
         if folder is None:
-            raise self.missing(root)
+            mega = read_mega(root / self.name, self.classes, width=2)
+            if mega is None:
+                raise self.missing(root)
+            vocab = 1 + max(int(part.tokens.max()) for part in mega.values())
+            return Prepared(mega, vocab + 1, vocab, {"layout": "mega"})
         rows = {split: _read(folder / name) for split, name in _FILES.items()}
         texts = {split: [text for pair in pairs for text in pair] for split, (pairs, _) in rows.items()}
         ids, vocab = encode_texts(texts, protocol.units, protocol.seqlen["retrieval"])

@@ -89,13 +89,14 @@ def forward(peer: Peer, arguments: dict[str, Any]) -> list[Tensor]:
 
 def gradients(peer: Peer, arguments: dict[str, Any], leaves: list[Tensor]) -> tuple[Tensor, ...]:
     y = outputs(peer.run(**arguments))[0]
-    return torch.autograd.grad(y, leaves, _incoming(y.shape, y.stride(), y.dtype), allow_unused=True)
+    return torch.autograd.grad(y, leaves, _incoming(y.shape, y.stride(), y.dtype, y.device), allow_unused=True)
 
 
 @functools.lru_cache(8)
-def _incoming(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _incoming(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A gradient of y in the layout of y: no one pays for it, nor for another's layout."""
-    return torch.empty_strided(shape, stride, dtype=dtype).copy_(torch.linspace(-1, 1, shape[-1], dtype=dtype))
+    values = torch.linspace(-1, 1, shape[-1], dtype=dtype, device=device)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(values)
 
 
 def _error(got: Sequence[Tensor | None], want: Sequence[Tensor | None], dtype: torch.dtype) -> float:

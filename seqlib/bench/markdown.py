@@ -11,11 +11,11 @@ __all__ = ["page"]
 
 HEAD = """# Benchmarks
 
-Every number here comes from a JSON file in `docs/bench/`, written by `seqlib-lm bench OPS --json FILE`,
-`seqlib-lm bench mamba-130m --json FILE` or `seqlib-lra speed --peer-s4 DIR --json FILE`; this page is written by
-`python -m seqlib.bench.markdown docs`. Ratios compare runs that took turns in one process. Processor time of one core
-is steadier than wall time where neighbours share the machine. Freed memory is kept by the process (glibc's mallopt),
-for all contenders alike.
+Every number here comes from a JSON file in `docs/bench/`; this page is written by `python -m seqlib.bench.markdown
+docs`. Speed is measured by `seqlib-lm bench WHAT --json FILE`, where WHAT are ops, `mamba-130m` or `linear-family`, and
+by `seqlib-lra speed --peer-s4 DIR --json FILE`. Ratios compare runs that took turns in one process. Processor time of
+one core is steadier than wall time where neighbours share the machine. Freed memory is kept by the process (glibc's
+mallopt), for all contenders alike. Quality is measured by `seqlib-lm sweep --json FILE`.
 """
 
 
@@ -24,12 +24,9 @@ def page(folder: Path) -> str:
     parts = [HEAD]
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
-        parts.append(f"## {path.stem}\n\n{_machine(report)}")
+        parts.append(f"## {path.stem}" + (f"\n\n{_machine(report)}" if "machine" in report else ""))
         parts += [_case(result) for result in report.get("results", [])]
-        if "mamba_130m" in report:
-            parts.append(_model(report["mamba_130m"]))
-        if "state_spaces" in report:
-            parts.append(_state_spaces(report))
+        parts += [section(report) for name, section in SECTIONS.items() if name in report]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -65,7 +62,8 @@ def _case(result: dict[str, Any]) -> str:
     )
 
 
-def _model(made: dict[str, Any]) -> str:
+def _model(report: dict[str, Any]) -> str:
+    made = report["mamba_130m"]
     what = {
         "forward": f"forward, batch 1, seqlen {made['seqlen']}",
         "train": f"training step, {made['train_layers']} of {made['n_layer']} layers",
@@ -79,6 +77,23 @@ def _model(made: dict[str, Any]) -> str:
     error = made["logits_relative_error"]
     return "\n".join(lines) + (
         f"\n\nDecoding: {speeds[0]:.1f} tokens/s beside {speeds[1]:.1f}. Logits differ by {error:.1e} relative."
+    )
+
+
+def _family(report: dict[str, Any]) -> str:
+    made = report["linear_family"]
+    lines = ["| what | ms | against | its ms | ratio | aim |", "|---|---|---|---|---|---|"]
+    for row in made["rows"]:
+        times = [f"{1e3 * row[key]:.3g}" for key in ("ours_s", "other_s")]
+        cells = [row["what"], times[0], row["against"], times[1], f"{row['ratio']:.3g}", row["aim"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    memory = made["memory"]
+    slopes = " and ".join(f"{slope:.0f}" for slope in memory["bytes_per_token"])
+    lengths = ", ".join(memory["peak_bytes"])
+    return "\n".join(lines) + (
+        "\n\nAgainst a floor the ratio is time over floor, at most the aim; against a peer it is how many times faster "
+        f"ours is, at least the aim.\n\nPeak memory of {memory['what']}, inputs and gradients included: {slopes} bytes "
+        f"per token between lengths {lengths}."
     )
 
 
@@ -112,6 +127,28 @@ def _state_spaces(report: dict[str, Any]) -> str:
             f"{long['forward_backward']['peak_gb']:.1f} GB with gradients."
         )
     return "\n".join(lines) + "\n\n" + text
+
+
+def _sweep(report: dict[str, Any]) -> str:
+    recipe, rows = report["recipe"], sorted(report["sweep"], key=lambda row: row["bits_per_byte"])
+    softmax = next((row["bits_per_byte"] for row in rows if row["mixer"] == "attention"), None)
+    lines = [
+        f"| mixer | bits per byte | over softmax attention | d_mlp | parameters | state after {report['state_at']:,} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        over = f"{row['bits_per_byte'] / softmax:.3f}" if softmax else "-"
+        sizes = [f"{row[key]:,}" for key in ("d_mlp", "parameters", "state_bytes")]
+        lines.append("| " + " | ".join([row["mixer"], f"{row['bits_per_byte']:.3f}", over, *sizes]) + " |")
+    return (
+        f"Every mixer in the same model: d_model {recipe['d_model']}, {recipe['n_layer']} layers, an MLP whose width "
+        f"makes sizes equal, {recipe['steps']} steps of {recipe['batch_size']} x {recipe['seqlen']} bytes of Python's "
+        f"standard library, one seed and one learning rate ({recipe['learning_rate']:g}). Bits per byte on held-out "
+        "files, lower is better.\n\n" + "\n".join(lines)
+    )
+
+
+SECTIONS = {"mamba_130m": _model, "linear_family": _family, "state_spaces": _state_spaces, "sweep": _sweep}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from seqlib.errors import CheckpointMismatch, ConfigError
 from seqlib.hf import convert, modeling, pair
@@ -65,6 +64,9 @@ def from_pretrained(
             id_or_dir, **{name: value for name, value in options.items() if value is not None}
         )
     family, values = recognise(id_or_dir, values, ignore)
+    files = WeightFiles(id_or_dir, hub)
+    if family.look is not None:
+        values |= family.look(files.shapes)
     config = SeqlibConfig(**family.config(values, match))
     for name, value in kwargs.items():
         if name not in _FREE:
@@ -73,10 +75,9 @@ def from_pretrained(
                 f"{', '.join((*HUB_OPTIONS, *_FREE))}"
             )
         setattr(config, name, value)
-    files = WeightFiles(id_or_dir, hub)
     wanted = _dtype(dtype, values, files)
     with torch.device("meta"):
-        model = modeling.SeqlibForCausalLM._from_config(config, dtype=wanted)
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
     parts = _fit(id_or_dir, family, values, model, files)
     wide = sorted({_starred(n) for p in parts for n in p.theirs if files.dtype(n) == torch.float32 != wanted})
     config.origin = {"layout": family.name, "config": values, "match": match, "float32": wide}
@@ -137,7 +138,8 @@ _FREE = ("use_cache", "max_position_embeddings", "pad_token_id", "bos_token_id",
 def _class_of(values: Mapping[str, Any]) -> Any:
     """The class that a checkpoint of ours was saved as."""
     name = (values.get("architectures") or ["SeqlibForCausalLM"])[0]
-    return getattr(modeling, name, None) or getattr(pair, name, None) or AutoModel
+    module = next((m for m in (modeling, pair) if name in m.__all__), None)
+    return AutoModel if module is None else getattr(module, name)
 
 
 def _dtype(dtype: torch.dtype | str | None, values: Mapping[str, Any], files: WeightFiles) -> torch.dtype:
@@ -180,19 +182,33 @@ def _their_config(family: Family, config: SeqlibConfig) -> tuple[dict[str, Any],
                 f"{origin.get('layout') or 'a model of our own'}"
             )
         values = family.write(config)
-    again = SeqlibConfig(**family.config(values, origin.get("match", "authors")))
-    differ = [f for f in _SHAPE if getattr(again, f) != getattr(config, f)]
+    read = SeqlibConfig(**family.config(values, origin.get("match", "authors")))
+    ours, theirs = _network(config), _network(read)
+    differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if differ:
         raise CheckpointMismatch(f"layout {family.name!r} cannot express this model's {', '.join(differ)}")
     return dict(values), origin.get("float32", [])
 
 
-_SHAPE = [f.name for f in dataclasses.fields(SeqlibConfig().backbone)] + [
-    "vocab_size",
-    "embed_scale",
-    "logit_scale",
-    "logit_softcap",
-]
+# Fields of mixers that say how weights start.
+_START = {"backend", "dt_min", "dt_max", "dt_floor", "dt_scale", "dt_init", "A_min", "A_max", "conv_init", "init_std"}
+
+
+def _network(config: SeqlibConfig) -> dict[str, Any]:
+    """What of a config decides about logits, whatever its layers are called."""
+    backbone = config.backbone
+    found = {name: getattr(config, name) for name in ("vocab_size", "embed_scale", "logit_scale", "logit_softcap")}
+    named = ("mixers", "layer_pattern", "mlp", "blocks", "tile")
+    found |= {name: value for name, value in backbone.to_dict().items() if name not in named}
+    for i, name in enumerate(backbone.layer_pattern):
+        mixer = backbone.mixers[name].to_dict()
+        found |= {f"layer {i}: {k}": v for k, v in mixer.items() if k not in _START}
+        block = backbone.block(i)
+        found |= {f"layer {i}: block {k}": v for k, v in block.to_dict().items()}
+        if block.mlp is not None:
+            width = {"d_mlp": block.mlp.width(config.d_model), "multiple_of": 1}
+            found[f"layer {i}: block mlp"] = block.mlp.to_dict() | width
+    return found
 
 
 def _starred(name: str) -> str:

@@ -36,11 +36,13 @@ class SeqlibConfig(PretrainedConfig):
         mixer: one mixer for every layer, a kind or a dict, instead of mixers and layer_pattern.
         mlp: fields of the MLP after every mixer (of experts, if they name `nexperts`), None for none.
         blocks: fields of `BlockConfig` by layer name, where layers differ from a plain block with `mlp`.
+        aside: fields of `AsideConfig`, for layers whose block says so.
         norm_eps: epsilon of the RMSNorms.
         norm_offset: what RMSNorms add to their weight.
         residual_in_fp32: keep the residual stream in float32 whatever the dtype of the weights.
         tie_word_embeddings: the head shares the embedding's weight.
         embed_scale: factor of the embeddings.
+        embedding: "table", or "number" for ids that are quantities, as pixels are (see `models.heads.NumberEmbedding`).
         logit_scale, logit_softcap: logits are scale * logits, then softcap * tanh(logits / softcap) unless None.
         initializer_range: standard deviation at which embedding and heads start.
         max_position_embeddings: context length that the model was made for; evaluation tools read it, nothing here
@@ -72,11 +74,13 @@ class SeqlibConfig(PretrainedConfig):
     mixer: Any = None
     mlp: Any = None
     blocks: dict[str, Any] | None = None
+    aside: Any = None
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
     residual_in_fp32: bool = True
     tie_word_embeddings: bool = True
     embed_scale: float = 1.0
+    embedding: str = "table"
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     initializer_range: float = 0.02
@@ -95,6 +99,8 @@ class SeqlibConfig(PretrainedConfig):
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
         self._refuse_unknown(kwargs)
+        if self.embedding not in ("table", "number"):
+            raise ConfigError(f"embedding must be 'table' or 'number', got {self.embedding!r}")
         if self.pooling not in ("last", "mean"):
             raise ConfigError(f"pooling must be 'last' or 'mean', got {self.pooling!r}")
         if self.pair_head not in ("nli", "concat"):
@@ -119,9 +125,10 @@ class SeqlibConfig(PretrainedConfig):
             raise ConfigError(f"mixers {', '.join(self.mixers)} need a layer_pattern that says which layer has which")
         self.blocks = self.blocks or {}
         full = self.backbone.to_dict()
-        self.blocks = full["blocks"]
+        self.blocks, self.aside = full["blocks"], full["aside"]
         self.mixer, self.mixers, self.layer_pattern, self.mlp = None, full["mixers"], full["layer_pattern"], full["mlp"]
         types = {name: _layer_type(config) for name, config in self.backbone.mixers.items()}
+        types |= {name: "full_attention" for name, block in self.backbone.blocks.items() if block.aside}
         self.layer_types = [types[name] for name in self.layer_pattern]
 
     @property

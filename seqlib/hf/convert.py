@@ -35,12 +35,12 @@ def fit(
     Raises:
         CheckpointMismatch: what is missing, left over or of another shape, all by name.
     """
-    found: dict[tuple[str, ...], Part] = {}
+    found: list[Part] = []
     missing: dict[tuple[str, ...], list[str]] = {}
     misshapen: dict[tuple[str, ...], list[str]] = {}
-    used: set[str] = set()
+    used, filled = set[str](), set[str]()
     for part in parts:
-        if part.ours in found or not all(name in ours for name in part.ours):
+        if filled & set(part.ours) or not all(name in ours for name in part.ours):
             continue
         names = tuple(next((n for n in t.split("|") if n in theirs), t.split("|")[0]) for t in part.theirs)
         absent = [name for name in names if name not in theirs]
@@ -53,19 +53,22 @@ def fit(
         if wrong:
             misshapen.setdefault(part.ours, wrong)
             continue
-        found[part.ours] = dataclasses.replace(part, theirs=names)
-    placed = {name for names in (*found, *missing, *misshapen) for name in names}
+        filled.update(part.ours)
+        found.append(dataclasses.replace(part, theirs=names))
+    placed = filled.union(*missing, *misshapen)
     left = [name for name in theirs if name not in used and not any(re.search(p, name) for p in ignored)]
     problems = {
-        "missing": [n for key, names in missing.items() if key not in found and key not in misshapen for n in names],
+        "missing": [
+            n for key, names in missing.items() if not filled >= {*key} and key not in misshapen for n in names
+        ],
         "not part of the model": left,
-        "of another shape": [name for key, names in misshapen.items() if key not in found for name in names],
+        "of another shape": [n for key, names in misshapen.items() if not filled >= {*key} for n in names],
         "without a place in this layout": [name for name in ours if name not in placed],
     }
     told = [f"{what}: {_some(sorted(names))}" for what, names in problems.items() if names]
     if told:
         raise CheckpointMismatch(f"{source} does not fit its config; {'; '.join(told)}")
-    return list(found.values())
+    return found
 
 
 def read(parts: Iterable[Part], ours: Mapping[str, Tensor], get: Callable[[str], Tensor]) -> None:
@@ -91,11 +94,11 @@ def write(parts: Iterable[Part], ours: Mapping[str, Tensor]) -> Iterator[tuple[s
     Raises:
         CheckpointMismatch: ours have moved where the layout has no place for them.
     """
-    written: set[tuple[str, ...]] = set()
+    written = set[str]()
     for part in parts:
-        if part.ours in written or not all(name in ours for name in part.ours):
+        if written & set(part.ours) or not all(name in ours for name in part.ours):
             continue
-        written.add(part.ours)
+        written.update(part.ours)
         mine = [ours[name].detach() for name in part.ours]
         if part.value is not None:
             if any(bool((tensor != part.value).any()) for tensor in mine):

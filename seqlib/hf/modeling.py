@@ -34,9 +34,10 @@ from seqlib.layers.mlp import MLP
 from seqlib.layers.moe import MoE
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
+from seqlib.models.aside import Aside, AsideUse, LowRank
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
-from seqlib.models.heads import Embedding, finish_logits, lm_loss, pool
+from seqlib.models.heads import Embedding, NumberEmbedding, finish_logits, lm_loss, pool
 from seqlib.sequence import StateList
 
 __all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
@@ -96,7 +97,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 continue
             if isinstance(module, nn.Embedding) or module in heads:
                 self._init_weights(module)
-            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm)):
+            elif isinstance(module, (Mixer, MLP, MoE, RMSNorm, Aside, AsideUse, LowRank)):
                 module.reset_parameters()
 
     @torch.no_grad()
@@ -111,7 +112,11 @@ class SeqlibModel(SeqlibPreTrainedModel):
 
     def __init__(self, config: SeqlibConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = Embedding(config.vocab_size, config.d_model, config.embed_scale)
+        self.embed_tokens = (
+            NumberEmbedding(config.vocab_size, config.d_model)
+            if config.embedding == "number"
+            else Embedding(config.vocab_size, config.d_model, config.embed_scale)
+        )
         self.backbone = Backbone(config.backbone)
         normal_(self.embed_tokens.weight, config.initializer_range)
         # What has optimizer options of its own (A_log, D, dt_bias) also wants full precision, built or loaded.
@@ -119,7 +124,7 @@ class SeqlibModel(SeqlibPreTrainedModel):
         for name, parameter in self.backbone.named_parameters():
             if name in special and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
-        self._keep_in_fp32_modules_strict = {rf"\.{name.rpartition('.')[2]}$" for name in special}  # patterns
+        self._keep_in_fp32_modules_strict = {rf"(?<![^.]){name.rpartition('.')[2]}$" for name in special}  # patterns
         self.post_init()
 
     @can_return_tuple
@@ -148,8 +153,9 @@ class SeqlibModel(SeqlibPreTrainedModel):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, cu_seq_lens_q,
             **kwargs,
         )  # fmt: skip
-        if outputs.hidden_states is not None:  # those of tokens that ran once more after a crop come first
-            seqlen = outputs.last_hidden_state.shape[1]
+        seqlen = outputs.last_hidden_state.shape[1]
+        if any(h is not None and h.shape[1] > seqlen for h in outputs.hidden_states or ()):
+            # Tokens that ran once more after a crop come first.
             outputs.hidden_states = tuple(h if h is None else h[:, -seqlen:] for h in outputs.hidden_states)
         return outputs
 
@@ -257,9 +263,14 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             return_logits: False with labels computes the loss from the hidden states, a few positions at a time, and
                 leaves `logits` None: at long lengths the logits are most of the memory. `SeqlibTrainer` asks for it
                 wherever nobody looks at logits.
+            shift_labels: (batch, seqlen), labels that are shifted already (as for sequences that are split over
+                devices), in place of `labels`; logits are then always made.
             num_items_in_batch: what the summed loss is divided by; None: the number of scored tokens.
         """
         num_items = kwargs.pop("num_items_in_batch", None)
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # Trainer takes every argument named so for a column of its data
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -272,15 +283,14 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         hidden, logits, loss = outputs.last_hidden_state, None, None
         plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
         shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
-        if labels is not None and not return_logits and plain:
+        if labels is not None and shift_labels is None and not return_logits and plain:
             loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items, **shape)
-        elif return_logits or labels is not None:
+        elif return_logits or labels is not None or shift_labels is not None:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = finish_logits(self.lm_head(hidden[:, keep]), **shape)
-            if labels is not None:
-                loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items
-                )
+            if labels is not None or shift_labels is not None:
+                options = {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items}
+                loss = self.loss_function(logits=logits, labels=labels, shift_labels=shift_labels, **options)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits if return_logits else None,

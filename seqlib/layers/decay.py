@@ -33,6 +33,7 @@ def lightning_log_decay(nheads: int, layer_index: int, n_layer: int, variant: st
     """Log-decay of each head of lightning attention in layer l of L: minus slope times a factor that falls with depth.
 
         transnormer  alibi slopes,        1 - l / (L - 1) + 1e-5          factor 1 + 1e-5 when L = 1
+        ring         as transnormer, as a serving implementation has it; the released models' own l is not verified
         minimax      2^(-8 (h+1) / H),    1 - l / (L - 1 + 1e-5) + 1e-5
 
     The last layer all but remembers everything. The schedule of the paper, (8h/H)(1 - l/L), is that of no released
@@ -45,12 +46,12 @@ def lightning_log_decay(nheads: int, layer_index: int, n_layer: int, variant: st
     """
     if not 0 <= layer_index < n_layer:
         raise ConfigError(f"lightning: layer_index must be in 0 .. n_layer - 1 = {n_layer - 1}, got {layer_index}")
-    if variant == "transnormer":
+    if variant in ("transnormer", "ring"):
         slopes, depth = alibi_slopes(nheads), float(max(n_layer - 1, 1))
     elif variant == "minimax":
         slopes, depth = [2.0 ** (-8 * (h + 1) / nheads) for h in range(nheads)], n_layer - 1 + 1e-5
     else:
-        raise ConfigError(f"lightning: variant must be 'transnormer' or 'minimax', got {variant!r}")
+        raise ConfigError(f"lightning: variant must be 'transnormer', 'minimax' or 'ring', got {variant!r}")
     return tuple(-slope * (1 - layer_index / depth + 1e-5) for slope in slopes)
 
 

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FEATURE_MAPS", "SIGNED", "feature_size", "taylor"]
+from seqlib.errors import UnsupportedInput
+from seqlib.layers.init import fill_
+
+__all__ = ["FEATURE_MAPS", "SIGNED", "feature_size", "positive_random", "random_directions_", "taylor"]
 
 
 def taylor(x: Tensor) -> Tensor:
@@ -19,12 +22,53 @@ def taylor(x: Tensor) -> Tensor:
 
     Products are packed: one of each symmetric pair, so (1 + d + d (d+1) / 2) features of d.
 
+    Raises:
+        UnsupportedInput: float16, whose largest number is 65504.
+
     Source: Arora et al. 2024 (Based, arXiv 2402.18668), section 4.1.
     """
+    if x.dtype == torch.float16:
+        raise UnsupportedInput(
+            "taylor features are squares, which leave the range of float16 where entries pass 512; "
+            "use bfloat16 or float32"
+        )
     d = x.shape[-1]
     i, j = torch.triu_indices(d, d, offset=1, device=x.device)
     pairs = x[..., i] * x[..., j] * d**-0.5
     return torch.cat([torch.ones_like(x[..., :1]), x * d**-0.25, pairs, x.square() * (2 * d) ** -0.5], -1)
+
+
+def positive_random(x: Tensor, directions: Tensor) -> Tensor:
+    """Random features whose products estimate the exponential of the cosine of queries and keys (NPRF).
+
+        phi(x)_i = m^(-1/2) exp(w_i . x / |x| - 1/2),   E[phi(q) . phi(k)] = exp(cos(q, k))
+
+    Without the normalisation the variance grows exponentially with the lengths. Exponents are at most the length of a
+    direction, about sqrt(headdim), and are taken in float32 (float64), which they cannot leave.
+
+    Args:
+        x: (..., nheads, headdim).
+        directions: w, (nheads, m, headdim), see `random_directions_`.
+
+    Returns:
+        (..., nheads, m) in float32 (float64 for float64).
+
+    Source: Luo et al. 2021 (arXiv 2106.12566), section 4; Choromanski et al. 2021 (Performer, arXiv 2009.14794).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    along = torch.einsum("...hp,hmp->...hm", F.normalize(x.to(wide), dim=-1), directions.to(wide))
+    return torch.exp(along - 0.5) * directions.shape[1] ** -0.5
+
+
+def random_directions_(directions: Tensor) -> None:
+    """Normal directions (nheads, m, headdim), orthogonal in blocks of headdim, which lowers the variance."""
+    nheads, m, headdim = directions.shape
+    blocks = torch.randn(nheads, -(-m // headdim), headdim, headdim, device=directions.device)
+    Q, R = torch.linalg.qr(blocks)
+    # The signs that QR chooses would leave a preferred side.
+    Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    lengths = torch.randn_like(blocks).norm(dim=-1, keepdim=True)
+    fill_(directions, (Q * lengths).flatten(1, 2)[:, :m])
 
 
 SIGNED = ("identity", "elu")

@@ -1,13 +1,15 @@
-"""Relative positions for linear attention: features times cosine and sine of a learned angle."""
+"""Relative positions for linear attention, by learned angles."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlib.layers.init import fill_
+from seqlib.errors import ConfigError
+from seqlib.layers.init import fill_, normal_
 
-__all__ = ["LRPE"]
+__all__ = ["LRPE", "HouseholderLRPE"]
 
 
 class LRPE(nn.Module):
@@ -37,3 +39,46 @@ class LRPE(nn.Module):
         angle = positions[..., None, None] * theta
         cos, sin = angle.cos(), angle.sin()
         return tuple(torch.cat([x * cos, x * sin], -1).to(x.dtype) for x in heads)
+
+
+class HouseholderLRPE(nn.Module):
+    """Mirror the features, then rotate neighbouring pairs, so that products of queries and keys see their distance.
+
+        x_t -> R(theta t) (x_t - 2 (x_t . u) u),   u = v / |v|
+
+    The mirror mixes the features of each head before they are paired; it cancels where the distance is zero. theta
+    (headdim / 2) starts at 10000^(-2 i / headdim), and both are shared by all heads. Angles are float32.
+
+    Args:
+        headdim: even.
+        learned: train v; otherwise it stays the random direction that it starts as.
+
+    Source: Qin et al. 2023 (LRPE, arXiv 2307.09270), section 3; OpenNLPLab/lra, x_attention/lrpe.py (core_matrix 1,
+    p_matrix 3, theta_learned), as in TransNormer.
+    """
+
+    def __init__(self, headdim: int, *, learned: bool = False) -> None:
+        super().__init__()
+        if headdim % 2:
+            raise ConfigError(f"lrpe rotates pairs of features and needs an even number of them, got {headdim}")
+        self.theta = nn.Parameter(torch.empty(headdim // 2))
+        self.v = nn.Parameter(torch.empty(headdim), requires_grad=learned)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        i = torch.arange(self.theta.numel(), device=self.theta.device, dtype=torch.float64)
+        fill_(self.theta, 10000 ** (-i / self.theta.numel()))
+        normal_(self.v, 1.0)
+
+    def forward(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
+        """Each of `heads` (..., nheads, headdim), turned by integer positions (...)."""
+        wide = torch.promote_types(self.theta.dtype, torch.float32)
+        u = F.normalize(self.v.to(wide), dim=0)
+        angle = positions[..., None, None] * self.theta.to(wide)
+        cos, sin = angle.cos(), angle.sin()
+        turned = []
+        for x in heads:
+            mirrored = x.to(wide) - 2 * (x.to(wide) @ u).unsqueeze(-1) * u
+            a, b = mirrored[..., ::2], mirrored[..., 1::2]
+            turned.append(torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype))
+        return tuple(turned)

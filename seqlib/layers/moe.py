@@ -134,21 +134,25 @@ class MoE(nn.Module):
         return weights * c.scale, chosen
 
     def _experts(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        order = chosen.flatten().argsort()
+        experts, order = chosen.flatten().sort()
         token = order // chosen.shape[1]
-        if x.is_cuda and all(w.shape[-1] * w.element_size() % 16 == 0 for w in (self.in_weight, self.out_weight)):
-            ends = torch.bincount(chosen.flatten(), minlength=self.config.nexperts).cumsum(0).int()
-            hidden = F.grouped_mm(x[token], self.in_weight.transpose(1, 2), offs=ends)
-            y = F.grouped_mm(self._activated(hidden), self.out_weight.transpose(1, 2), offs=ends)
-        else:
-            y = self._one_by_one(x[token], chosen)
+        # What torch's grouped product is made for: 16 bits, in rows of whole 16 bytes.
+        whole = self.in_weight.shape[-1] % 8 == self.out_weight.shape[-1] % 8 == 0
+        grouped = x.is_cuda and x.dtype == torch.bfloat16 and whole
+        y = self._grouped(x[token], experts) if grouped else self._one_by_one(x[token], experts)
         return torch.zeros_like(x).index_add(0, token, y * weights.flatten()[order].unsqueeze(-1))
 
-    def _one_by_one(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """The same where a grouped product is not to be had; reads the weights of chosen experts only."""
-        experts, counts = chosen.flatten().unique(return_counts=True)
+    def _grouped(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Rows of x, in order of their experts, each through its own; nothing waits for the device."""
+        ends = torch.searchsorted(experts, torch.arange(self.config.nexperts, device=x.device), right=True).int()
+        hidden = F.grouped_mm(x, self.in_weight.transpose(1, 2), offs=ends)
+        return F.grouped_mm(self._activated(hidden), self.out_weight.transpose(1, 2), offs=ends)
+
+    def _one_by_one(self, x: Tensor, experts: Tensor) -> Tensor:
+        """The same, expert by expert; reads the weights of chosen ones only."""
+        used, counts = experts.unique_consecutive(return_counts=True)
         parts = []
-        for expert, rows in zip(experts.tolist(), x.split(counts.tolist())):
+        for expert, rows in zip(used.tolist(), x.split(counts.tolist())):
             product = linear if rows.shape[0] <= FEW_ROWS and not torch.is_grad_enabled() else F.linear
             parts.append(product(self._activated(product(rows, self.in_weight[expert])), self.out_weight[expert]))
         return torch.cat(parts)
@@ -172,9 +176,9 @@ def balance_loss(scores: Tensor, chosen: Tensor) -> Tensor:
     Source: Fedus et al. 2022 (Switch Transformer, arXiv 2101.03961), eq. 4-6.
     """
     nexperts = scores.shape[-1]
-    share = torch.bincount(chosen.flatten(), minlength=nexperts) / chosen.numel()
     mean = (scores / scores.sum(-1, keepdim=True)).mean(0)
-    return nexperts * (share.to(mean.dtype) * mean).sum()
+    share = F.one_hot(chosen, nexperts).to(mean.dtype).mean((0, 1))
+    return nexperts * (share * mean).sum()
 
 
 class _AddLoss(torch.autograd.Function):

@@ -11,7 +11,7 @@ from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
 from seqlib.mixers.channel import Channel
-from seqlib.mixers.compose import Sum, SumConfig
+from seqlib.mixers.compose import Shared, Sum, SumConfig
 from seqlib.mixers.conv_attention import ConvAttention
 from seqlib.mixers.deltanet import DeltaNet
 from seqlib.mixers.dss import DSS
@@ -36,6 +36,7 @@ from seqlib.mixers.pattern import BigBird, Longformer, SparseAttention
 from seqlib.mixers.performer import Performer
 from seqlib.mixers.retnet import RetNet
 from seqlib.mixers.rg_lru import RGLRU
+from seqlib.mixers.rpe_attention import RPEAttention
 from seqlib.mixers.s4 import S4
 from seqlib.mixers.s4d import S4D
 from seqlib.mixers.s5 import S5
@@ -74,9 +75,11 @@ MIXERS: dict[str, type[Mixer]] = {
     "gated_deltanet": GatedDeltaNet,
     "kda": KDA,
     "path": Path,
+    "rpe_attention": RPEAttention,
     "mlstm": MLSTM,
     "rg_lru": RGLRU,
     "sum": Sum,
+    "shared": Shared,
     "learned_positions": LearnedPositions,
     "local_attention": LocalAttention,
     "longformer": Longformer,
@@ -144,6 +147,7 @@ def sized(config: Mapping[str, Any], d_model: int, *, headdim: int = 32, window:
             wanted["headdim"] = None
     elif "headdim" in fields:
         wanted["headdim"] = min(2 * headdim, d_model)  # of twice as many channels
-    if "window" in fields and fields["window"] is not None:
-        wanted["window"] = window
+    for name in ("window", "chunk_size"):
+        if fields.get(name) is not None:
+            wanted[name] = window
     return wanted | dict(config)

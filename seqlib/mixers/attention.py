@@ -41,6 +41,8 @@ class AttentionConfig(MixerConfig):
     """False sees the whole sequence; such a layer has no state to go on from."""
     scale: float | None = None
     """Factor of the scores; None is 1/sqrt(headdim)."""
+    d_out: int | None = None
+    """Width of the output where it is not d_model, which only a part of something else may have."""
     bias: bool = False
     """Biases of the projections to q, k and v."""
     out_bias: bool | None = None
@@ -66,7 +68,7 @@ class AttentionConfig(MixerConfig):
     """Lower scores by what every token and head forgets (FoX); the published model then has rotary=False."""
 
     def __post_init__(self) -> None:
-        positive(self, "nheads", "nheads_kv", "headdim", "window")
+        positive(self, "nheads", "nheads_kv", "headdim", "window", "d_out")
         if self.forget_gate and not self.causal:
             raise ConfigError(f"{self.kind}: forget_gate says what later tokens forget and needs causal=True")
 
@@ -104,6 +106,8 @@ class Attention(Mixer[AttentionConfig]):
     Config: ClassVar[type[MixerConfig]] = AttentionConfig
     supports: ClassVar[frozenset[str]] = frozenset({"packed", "padded", "initial_state", "bidirectional"})
     layer_type: ClassVar[str] = "full_attention"
+    relu: bool = False
+    """Whether scores are rectified in place of the softmax; set by subclasses."""
 
     def __init__(self, config: AttentionConfig, d_model: int, **place: Any) -> None:
         super().__init__(config, d_model, **place)
@@ -116,7 +120,7 @@ class Attention(Mixer[AttentionConfig]):
         self.q_proj = Linear(d_model, inner, bias=config.bias)
         self.k_proj = Linear(d_model, inner_kv, bias=config.bias)
         self.v_proj = Linear(d_model, inner_kv, bias=config.bias)
-        self.o_proj = Linear(inner, d_model, bias=out_bias)
+        self.o_proj = Linear(inner, config.d_out or d_model, bias=out_bias)
         self.gate_proj = Linear(d_model, inner, bias=config.bias) if config.gate else None
         self.f_proj = Linear(d_model, self.nheads) if config.forget_gate else None
         self.q_norm = self.k_norm = None
@@ -152,23 +156,23 @@ class Attention(Mixer[AttentionConfig]):
         self, x: Tensor, state: KVState | None = None, seq: SequenceInfo | None = None
     ) -> tuple[Tensor, KVState]:
         self.check(x, seq)
-        return self._attend(x, self._qkv(x), state, seq)
+        return self.attend(x, self.project(x), state, seq)
 
     def step(self, x: Tensor, state: KVState) -> tuple[Tensor, KVState]:
-        return self._attend_once(x, self._qkv(x[:, None]), state)
+        return self.attend_step(x, self.project(x[:, None]), state)
 
-    def _attend(
+    def attend(
         self, x: Tensor, qkv: tuple[Tensor, ...], state: KVState | None, seq: SequenceInfo | None
     ) -> tuple[Tensor, KVState]:
         q, k, v = self._heads(qkv, x, state, seq)
         c = self.config
         y, state = attention(
-            q, k, v, self._log_decay(x), window=c.window, causal=c.causal, scale=c.scale, state=state, seq=seq,
-            backend=self.backend("attention"),
+            q, k, v, self._log_decay(x), window=c.window, causal=c.causal, scale=c.scale, relu=self.relu,
+            state=state, seq=seq, backend=self.backend("attention"),
         )  # fmt: skip
         return self._out(y, x), state
 
-    def _attend_once(self, x: Tensor, qkv: tuple[Tensor, ...], state: KVState) -> tuple[Tensor, KVState]:
+    def attend_step(self, x: Tensor, qkv: tuple[Tensor, ...], state: KVState) -> tuple[Tensor, KVState]:
         if not self.config.causal:
             raise UnsupportedInput(f"{self.config.kind} with causal=False cannot decode token by token")
         looks = x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -176,10 +180,10 @@ class Attention(Mixer[AttentionConfig]):
             state = state.reserve(max(16, 2 * state.capacity))
         q, k, v = (t.squeeze(1) for t in self._heads(qkv, x[:, None], state, None))
         c = self.config
-        y = attention_step(q, k, v, state, self._log_decay(x), window=c.window, scale=c.scale)
+        y = attention_step(q, k, v, state, self._log_decay(x), window=c.window, scale=c.scale, relu=self.relu)
         return self._out(y, x), state
 
-    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def _heads(

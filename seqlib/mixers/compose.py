@@ -1,8 +1,9 @@
-"""Mixers made of mixers: parallel heads."""
+"""Mixers made of mixers: parallel heads, and one mixer at several depths."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
-from seqlib.layers.init import fill_
+from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
-from seqlib.mixers.base import Mixer, MixerConfig
+from seqlib.mixers.base import Mixer, MixerConfig, positive
 from seqlib.sequence import SequenceInfo, State
 
-__all__ = ["Sum", "SumConfig", "SumState"]
+__all__ = ["Shared", "SharedConfig", "Sum", "SumConfig", "SumState", "share"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +134,141 @@ class Sum(Mixer[SumConfig]):
             return torch.stack(ys).sum(0)
         weights = torch.sigmoid(self.gate(x)).unsqueeze(-1).unbind(-2)
         return torch.stack([w * y for w, y in zip(weights, ys)]).sum(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedConfig(MixerConfig):
+    """Hyperparameters of `Shared`."""
+
+    kind: str = "shared"
+    mixer: MixerConfig | None = None
+    """The mixer whose weights are shared, as a config or as plain values with a `kind`."""
+    adapter_rank: int | None = None
+    """Rank of the adapters that every depth has of its own; None for none."""
+    adapted: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Which linear layers of the mixer they are added to."""
+
+    def __post_init__(self) -> None:
+        from seqlib.mixers import mixer_config
+
+        positive(self, "adapter_rank")
+        if self.mixer is None:
+            raise ConfigError("shared: mixer must be the config of the mixer that is shared, got None")
+        object.__setattr__(self, "mixer", mixer_config(self.mixer))
+        object.__setattr__(self, "adapted", tuple(self.adapted))
+
+    def to_dict(self) -> dict[str, Any]:
+        assert self.mixer is not None
+        made = super().to_dict() | {"mixer": self.mixer.to_dict()}
+        return made | ({"adapted": list(self.adapted)} if "adapted" in made else {})
+
+
+class Adapted(nn.Module):
+    """A linear layer that is someone else's, plus up(down(x))."""
+
+    def __init__(self, base: nn.Linear, adapter: nn.Sequential) -> None:
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.adapter(x)
+
+
+class Shared(Mixer[SharedConfig]):
+    """One mixer's weights in several layers, each with a state, and with adapters, of its own.
+
+        y = mixer(x),   with adapters W x + up_l(down_l(x)) in the place of W x
+
+    All layers of one name in a `layer_pattern` share. The first owns the mixer, which is stored once, under its name;
+    what a mixer makes of its depth (decays, initial scales) is as in that layer. Adapters start at zero. A stack that
+    splits its layers over devices has to keep those that share on one.
+
+    Source: Zamba (Glorioso et al. 2024, arXiv 2405.16712), section 2; adapters per depth: Zamba2 (arXiv 2411.15242),
+    section 2, whose own blocks, which read the embeddings too, are `models.aside`.
+    """
+
+    Config: ClassVar[type[MixerConfig]] = SharedConfig
+    # Whether there are keys and values to make room for is known only to the mixer.
+    layer_type: ClassVar[str] = "full_attention"
+
+    def __init__(self, config: SharedConfig, d_model: int, **place: Any) -> None:
+        from seqlib.mixers import build_mixer
+
+        super().__init__(config, d_model, **place)
+        assert config.mixer is not None
+        self.mixer: Mixer | None = build_mixer(config.mixer, d_model, **place)
+        self.adapters = nn.ModuleDict()
+        for name in config.adapted if config.adapter_rank else ():
+            base = getattr(self.mixer, name, None)
+            if not isinstance(base, nn.Linear):
+                known = ", ".join(n for n, m in self.mixer.named_children() if isinstance(m, nn.Linear))
+                raise ConfigError(f"shared: {config.mixer.kind} has no linear layer {name!r} to adapt; it has: {known}")
+            assert config.adapter_rank is not None
+            self.adapters[name] = nn.Sequential(
+                Linear(base.in_features, config.adapter_rank, bias=False),
+                Linear(config.adapter_rank, base.out_features, bias=False),
+            )
+        self._use(self.mixer)
+        self.reset_parameters()
+
+    def share(self, owner: Shared) -> None:
+        """Give up the own mixer for that of `owner`."""
+        if owner is not self:
+            self.mixer = None
+            self._use(owner._used[0])
+
+    def _use(self, mixer: Mixer) -> None:
+        view = mixer
+        if self.adapters:
+            # The same parameters and sub-modules, but for those that are adapted.
+            view = copy.copy(mixer)
+            changed = {name: Adapted(getattr(mixer, name), self.adapters[name]) for name in self.adapters}  # type: ignore[arg-type]
+            view.__dict__["_modules"] = {**mixer._modules, **changed}
+        # In a tuple, where they are not registered: each parameter is stored, trained and counted once.
+        self._used = (mixer, view)
+        self.supports = mixer.supports  # type: ignore[misc]
+
+    def reset_parameters(self) -> None:
+        if self.mixer is not None:
+            self.mixer.reset_parameters()
+        for adapter in self.adapters.children():
+            down, up = adapter.children()
+            assert isinstance(down, nn.Linear) and isinstance(up, nn.Linear)
+            linear_(down)
+            fill_(up.weight, 0.0)
+
+    def param_groups(self) -> list[tuple[list[str], dict[str, Any]]]:
+        owned = [] if self.mixer is None else self.mixer.param_groups()
+        return [([f"mixer.{name}" for name in names], options) for names, options in owned]
+
+    def forward(self, x: Tensor, state: Any = None, seq: SequenceInfo | None = None) -> tuple[Tensor, Any]:
+        self.check(x, seq)
+        return self._used[1](x, state, seq)
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self._used[1].step(x, state)
+
+    def initial_state(
+        self,
+        batch: int,
+        max_seqlen: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        return self._used[0].initial_state(batch, max_seqlen, device, dtype)
+
+    def state_bytes(self, batch: int, seqlen: int) -> int:
+        return self._used[0].state_bytes(batch, seqlen)
+
+
+def share(layers: Iterable[tuple[str, Mixer]]) -> None:
+    """Let every `Shared` in layers of one name, inside other mixers too, use the mixer of the first."""
+    owners: dict[tuple[str, str], Shared] = {}
+    for name, mixer in layers:
+        for path, part in list(mixer.named_modules()):
+            if isinstance(part, Shared):
+                part.share(owners.setdefault((name, path), part))

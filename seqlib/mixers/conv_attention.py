@@ -64,13 +64,13 @@ class ConvAttention(Attention):
     ) -> tuple[Tensor, ConvAttentionState]:
         self.check(x, seq)
         kv, before = (None, None) if state is None else (state.kv, state.conv)
-        qkv, conv = self.conv1d(torch.cat(self._qkv(x), -1), before, seq)
-        y, kv = self._attend(x, qkv.split(self.widths, -1), kv, seq)
+        qkv, conv = self.conv1d(torch.cat(self.project(x), -1), before, seq)
+        y, kv = self.attend(x, qkv.split(self.widths, -1), kv, seq)
         return y, ConvAttentionState(kv, conv)
 
     def step(self, x: Tensor, state: ConvAttentionState) -> tuple[Tensor, ConvAttentionState]:  # type: ignore[override]
-        qkv = self.conv1d.step(torch.cat(self._qkv(x), -1), state.conv)
-        y, state.kv = self._attend_once(x, qkv[:, None].split(self.widths, -1), state.kv)
+        qkv = self.conv1d.step(torch.cat(self.project(x), -1), state.conv)
+        y, state.kv = self.attend_step(x, qkv[:, None].split(self.widths, -1), state.kv)
         return y, state
 
     def initial_state(  # type: ignore[override]

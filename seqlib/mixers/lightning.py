@@ -1,4 +1,4 @@
-"""Lightning attention: linear attention with a constant decay per head, as in TransNormerLLM and MiniMax-01."""
+"""Lightning attention: linear attention with a constant decay per head, as in TransNormerLLM, MiniMax-01, Ring."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from seqlib.layers.decay import constant, lightning_log_decay
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.linear import Linear
 from seqlib.layers.lrpe import LRPE
+from seqlib.layers.norm import RMSNorm
 from seqlib.layers.positions import advance, positions
+from seqlib.layers.rotary import Rotary
 from seqlib.mixers.base import MixerConfig, positive
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import linear_attention, rms_norm
@@ -34,17 +36,29 @@ class LightningConfig(MixerConfig):
     headdim: int | None = None
     """None is d_model / nheads, or 128 where that is not given either."""
     variant: str = "transnormer"
-    """"transnormer" or "minimax"; they differ in slopes, activations, norm and gate (see `Lightning`)."""
+    """"transnormer", "minimax" or "ring"; they differ in slopes, activations, norm and gate (see `Lightning`)."""
     lrpe: bool = False
     """Relative positions by learned angles; TransNormerLLM has them in its first layer only."""
     norm_eps: float = 1e-6
     bias: bool = False
     init_std: float = 0.02
+    qk_norm: bool = False
+    """ring: RMSNorm of every query and key head."""
+    rotary_fraction: float = 0.5
+    """ring: part of each query and key head that is rotated."""
+    rope_theta: float = 10000.0
+    """ring: base of the wavelengths."""
+    norm_groups: int = 1
+    """ring: parts of all heads together that have a norm of their own."""
 
     def __post_init__(self) -> None:
-        positive(self, "nheads", "headdim")
-        if self.variant not in ("transnormer", "minimax"):
-            raise ConfigError(f"lightning: variant must be 'transnormer' or 'minimax', got {self.variant!r}")
+        positive(self, "nheads", "headdim", "norm_groups")
+        if self.variant not in ("transnormer", "minimax", "ring"):
+            raise ConfigError(f"lightning: variant must be 'transnormer', 'minimax' or 'ring', got {self.variant!r}")
+        foreign = ("lrpe",) if self.variant == "ring" else ("qk_norm", "rotary_fraction", "rope_theta", "norm_groups")
+        changed = [name for name in foreign if getattr(self, name) != getattr(LightningConfig, name)]
+        if changed:
+            raise ConfigError(f"lightning: variant {self.variant!r} has no {', '.join(changed)}; leave it out")
 
 
 class Lightning(MatrixMixer[LightningConfig]):
@@ -53,16 +67,18 @@ class Lightning(MatrixMixer[LightningConfig]):
         q, k, v, u = qkvu_proj(x)
         transnormer:  q, k = lrpe(silu(q)), lrpe(silu(k));   gate(u) = u;          norm without weights
         minimax:      q, k, v = silu(q), silu(k), silu(v);   gate(u) = sigmoid(u);  norm with weights
+        ring:         q, k = rotary(rms_norm(q)) / sqrt(headdim), rotary(rms_norm(k));  gate, norm as minimax, in groups
         S_t = exp(log_decay) S_{t-1} + k_t^T v_t
         y_t = out_proj(gate(u_t) * rms_norm(q_t S_t))
 
-    The norm is over all heads together, there is no scale, and the decays (`layers.decay.lightning_log_decay`) depend
-    on the head and on the layer's place among all layers. All projections start at N(0, init_std^2). State:
-    `MatrixState`, of 2 * headdim rows and with a count of tokens under LRPE.
+    The norm is over all heads together, there is no other scale, and the decays (`layers.decay.lightning_log_decay`)
+    depend on the head and on the layer's place among all layers. All projections start at N(0, init_std^2). State:
+    `MatrixState`; under LRPE of 2 * headdim rows, and there and for ring with a count of tokens.
 
     Source: Qin et al. 2023 (TransNormerLLM, arXiv 2307.14995), section 3, and 2024 (Lightning Attention-2, arXiv
     2401.04658); MiniMax 2025 (arXiv 2501.08313), section 2.2. Rows of `qkvu_proj` are q, k, v, u, heads side by side;
-    checkpoints of MiniMax interleave q, k, v by head and keep u apart (`output_gate`).
+    checkpoints of MiniMax interleave q, k, v by head and keep u apart (`output_gate`). Ring-linear V2: as its serving
+    implementation; not compared with a released checkpoint.
     """
 
     Config: ClassVar[type[MixerConfig]] = LightningConfig
@@ -75,11 +91,17 @@ class Lightning(MatrixMixer[LightningConfig]):
         self.headdim = config.headdim or divide(config.kind, "d_model", d_model, "nheads", self.nheads)
         self.log_decay = lightning_log_decay(self.nheads, layer_index, n_layer, config.variant)
         self.matrix_shape = (self.nheads, self.headdim * (1 + config.lrpe), self.headdim)
-        self.counts = config.lrpe
+        ring = config.variant == "ring"
+        self.counts = config.lrpe or ring
+        self.scale = self.headdim**-0.5 if ring else 1.0
         inner = self.nheads * self.headdim
         self.qkvu_proj = Linear(d_model, 4 * inner, bias=config.bias)
         self.lrpe = LRPE(self.nheads, self.headdim) if config.lrpe else None
-        self.norm_weight = nn.Parameter(torch.empty(inner)) if config.variant == "minimax" else None
+        self.rotary = Rotary(self.headdim, config.rope_theta, config.rotary_fraction) if ring else None
+        self.q_norm = RMSNorm(self.headdim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.headdim, config.norm_eps) if config.qk_norm else None
+        self.group_size = divide(config.kind, "nheads * headdim", inner, "norm_groups", config.norm_groups)
+        self.norm_weight = None if config.variant == "transnormer" else nn.Parameter(torch.empty(inner))
         self.out_proj = Linear(inner, d_model, bias=config.bias)
         self.reset_parameters()
 
@@ -88,8 +110,9 @@ class Lightning(MatrixMixer[LightningConfig]):
             normal_(layer.weight, self.config.init_std)
             if layer.bias is not None:
                 fill_(layer.bias, 0.0)
-        if self.lrpe is not None:
-            self.lrpe.reset_parameters()
+        for part in (self.lrpe, self.q_norm, self.k_norm):
+            if part is not None:
+                part.reset_parameters()
         if self.norm_weight is not None:
             fill_(self.norm_weight, 1.0)
 
@@ -101,31 +124,36 @@ class Lightning(MatrixMixer[LightningConfig]):
     ) -> tuple[Tensor, MatrixState]:
         self.check(x, seq)
         matrix, before = (None, None) if state is None else (state.state, state.length)
-        at = None if self.lrpe is None else positions(x, before, seq)
+        at = positions(x, before, seq) if self.counts else None
         q, k, v, u = self._heads(x, at)
         y, matrix = linear_attention(
-            q, k, v, constant(self.log_decay, x), initial_state=matrix, seq=seq,
+            q, k, v, constant(self.log_decay, x), scale=self.scale, initial_state=matrix, seq=seq,
             backend=self.backend("linear_attention"),
         )  # fmt: skip
         return self._out(y, u), MatrixState(matrix, length=None if at is None else advance(x, before, seq))
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         q, k, v, u = self._heads(x, state.length)
-        y = attention_step(q, k, v, constant(self.log_decay, x), state.state)
+        y = attention_step(q, k, v, constant(self.log_decay, x), state.state, scale=self.scale)
         if state.length is not None:
             state.length += 1
         return self._out(y, u), state
 
     def _heads(self, x: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v by heads and the gate; x (batch, seqlen, d_model) or (batch, d_model), `at` its positions."""
-        minimax = self.config.variant == "minimax"
+        variant = self.config.variant
         q, k, v, u = self.qkvu_proj(x).chunk(4, -1)
-        q, k, v = F.silu(q), F.silu(k), F.silu(v) if minimax else v
+        if variant != "ring":
+            q, k, v = F.silu(q), F.silu(k), F.silu(v) if variant == "minimax" else v
         q, k, v = (t.unflatten(-1, (-1, self.headdim)) for t in (q, k, v))
-        if self.lrpe is not None:
-            assert at is not None
-            q, k = self.lrpe(at, q, k)
-        return q, k, v, torch.sigmoid(u) if minimax else u
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        for place in (self.lrpe, self.rotary):
+            if place is not None:
+                assert at is not None
+                q, k = place(at, q, k)
+        return q, k, v, u if variant == "transnormer" else torch.sigmoid(u)
 
     def _out(self, y: Tensor, gate: Tensor) -> Tensor:
-        return self.out_proj(gate * rms_norm(y.flatten(-2), self.norm_weight, eps=self.config.norm_eps))
+        y = rms_norm(y.flatten(-2), self.norm_weight, group_size=self.group_size, eps=self.config.norm_eps)
+        return self.out_proj(gate * y)

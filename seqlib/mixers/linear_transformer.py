@@ -12,6 +12,7 @@ from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.feature_maps import FEATURE_MAPS, SIGNED, feature_size
 from seqlib.layers.init import linear_
 from seqlib.layers.linear import Linear
+from seqlib.layers.positions import advance, positions
 from seqlib.mixers.base import MixerConfig, positive, unpadded
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import linear_attention
@@ -87,17 +88,27 @@ class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
         self.check(x, seq)
         if self.config.lra_faithful:
             seq = unpadded(self.config, seq)
+        matrix, before = (None, None) if state is None else (state.state, state.length)
+        q, k, v = self._heads(x)
+        if self.counts:
+            q, k = self.placed(q, k, positions(x, before, seq))
         y, matrix = linear_attention(
-            *self._heads(x), initial_state=None if state is None else state.state, causal=self.config.causal, seq=seq,
-            backend=self.backend("linear_attention"),
-        )  # fmt: skip
-        return self._out(y), MatrixState(matrix)
+            q, k, v, initial_state=matrix, causal=self.config.causal, seq=seq, backend=self.backend("linear_attention")
+        )
+        return self._out(y), MatrixState(matrix, length=advance(x, before, seq) if self.counts else None)
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         if not self.config.causal:
             raise UnsupportedInput(f"{self.config.kind} with causal=False cannot decode token by token")
         q, k, v = self._heads(x)
+        if state.length is not None:
+            q, k = self.placed(q, k, state.length)
+            state.length += 1
         return self._out(attention_step(q, k, v, None, state.state)), state
+
+    def placed(self, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Features that know the positions of their tokens, for subclasses that count them."""
+        return q, k
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config

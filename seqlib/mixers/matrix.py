@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqlib.errors import ConfigError
+from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import C, Mixer, wide_dtype
 from seqlib.sequence import State
@@ -22,11 +22,26 @@ class MatrixState(State):
     state: (batch, nheads, d_state, headdim), float32 (float64 for float64 models), the last token included, undecayed.
     conv: (batch, d_conv - 1, channels), the last inputs of the short convolution, or None.
     length: (batch,) int64, real tokens of the current document, where positions matter; else None.
+    decayed: whether the state is of the other convention, in which the last token has decayed once (the kernels of
+        lightning-attention, LASP). Nothing but numbers would tell, so such a state is refused; see `undecayed`.
     """
 
     state: Tensor
     conv: Tensor | None = None
     length: Tensor | None = None
+    decayed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.decayed:
+            raise UnsupportedInput(
+                "a state whose last token has decayed already is of another convention and off by one decay per head; "
+                "make it with MatrixState.undecayed(state, log_decay)"
+            )
+
+    @classmethod
+    def undecayed(cls, state: Tensor, log_decay: Tensor) -> MatrixState:
+        """From a decayed state (batch, nheads, d_state, headdim) and the constant log-decay of each head (nheads,)."""
+        return cls(state * torch.exp(-log_decay)[:, None, None])
 
 
 class MatrixMixer(Mixer[C]):

@@ -44,7 +44,7 @@ class MLSTMConfig(MixerConfig):
 
 @dataclass
 class MLSTMState(State):
-    """state: (batch, nheads, d_state, headdim + 1), the sums of keys in its last column; m: (batch, nheads); float32."""
+    """state: (batch, nheads, d_state, headdim + 1), keys summed up in its last column; m: (batch, nheads); float32."""
 
     state: Tensor
     m: Tensor

@@ -107,7 +107,7 @@ class BigBirdConfig(PatternConfig):
 
     kind: str = "bigbird"
     block: int = 64
-    window: int = 3
+    near: int = 3
     """Blocks that are seen around each one, itself included; odd."""
     n_random: int = 3
     """Random blocks that each block sees; fixed by `seed`, the layer and the number of the block."""
@@ -115,9 +115,9 @@ class BigBirdConfig(PatternConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "block", "window")
-        if self.window % 2 == 0 or self.n_random < 0:
-            raise ConfigError(f"bigbird: need an odd window and n_random >= 0, got {self.window} and {self.n_random}")
+        positive(self, "block", "near")
+        if self.near % 2 == 0 or self.n_random < 0:
+            raise ConfigError(f"bigbird: need an odd near and n_random >= 0, got {self.near} and {self.n_random}")
 
 
 class BigBird(PatternAttention[BigBirdConfig]):
@@ -134,7 +134,7 @@ class BigBird(PatternAttention[BigBirdConfig]):
         c = self.config
         count = -(-n // c.block)
         at = torch.arange(count)
-        seen = (at[None, :] - at[:, None]).abs() <= c.window // 2
+        seen = (at[None, :] - at[:, None]).abs() <= c.near // 2
         ends = [0] if self.causal else [0, count - 1]
         seen[ends], seen[:, ends] = True, True
         for i in range(count):

@@ -41,7 +41,7 @@ class RGLRUConfig(MixerConfig):
 
 @dataclass
 class RGLRUState(State):
-    """conv: (batch, d_conv - 1, d_inner), last inputs; state: (batch, d_inner), float32; length: (batch,), tokens seen."""
+    """conv: (batch, d_conv - 1, d_inner), the last inputs; state: (batch, d_inner), float32; length: (batch,) int64."""
 
     conv: Tensor
     state: Tensor

@@ -130,9 +130,10 @@ class SGConv(Mixer[SGConvConfig]):
         if c.kernel_init == "randn":
             normal_(self.kernels, 1.0)
         else:
-            at = torch.linspace(0, 2 * math.pi, c.kernel_dim)
-            waves = torch.cos(at * torch.arange(self.d_model)[:, None])
-            dealt = torch.stack([waves[torch.randperm(self.d_model)] for _ in range(c.scales)])
+            device = self.kernels.device  # named, because transformers loads with a default of its own
+            at = torch.linspace(0, 2 * math.pi, c.kernel_dim, device=device)
+            waves = torch.cos(at * torch.arange(self.d_model, device=device)[:, None])
+            dealt = torch.stack([waves[torch.randperm(self.d_model, device=device)] for _ in range(c.scales)])
             fill_(self.kernels, dealt[:, None])
         if c.decay != "scale":
             fill_(self.powers, torch.rand(self.d_model).mul(c.decay_max - c.decay_min).add(c.decay_min))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from seqlib.errors import ConfigError
+from seqlib.layers.lrpe import HouseholderLRPE
 from seqlib.layers.positions import positions
 from seqlib.mixers.attention import Attention, AttentionConfig
 from seqlib.mixers.base import MixerConfig
@@ -25,6 +26,8 @@ class TransNormerConfig(LinearTransformerConfig):
 
     kind: str = "transnormer"
     normalized: bool = False
+    lrpe: bool = False
+    """Relative positions by a mirror and learned rotations (`layers.lrpe.HouseholderLRPE`), after the feature map."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,9 +47,32 @@ class TransNormer(LinearTransformer):
 
     Config: ClassVar[type[MixerConfig]] = TransNormerConfig
 
+    def __init__(self, config: TransNormerConfig, d_model: int, **place: Any) -> None:
+        super().__init__(config, d_model, **place)
+        self.counts = config.lrpe
+        self.lrpe = HouseholderLRPE(self.matrix_shape[1]) if config.lrpe else None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for layer in self.children():  # the base class asks before there is one
+            if isinstance(layer, HouseholderLRPE):
+                layer.reset_parameters()
+
+    def param_groups(self) -> list[tuple[list[str], dict[str, Any]]]:
+        return [] if self.lrpe is None else [(["lrpe.theta"], {"weight_decay": 0.0})]
+
+    def placed(self, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.lrpe is not None
+        q, k = self.lrpe(at, q, k)
+        return q, k
+
     def _out(self, y: Tensor) -> Tensor:
-        # The published norm adds 1e-8 to the root and not under it.
-        return self.o_proj(rms_norm(y.flatten(-2), None, eps=1e-16))
+        return self.o_proj(_plain_norm(y).flatten(-2))
+
+
+def _plain_norm(y: Tensor) -> Tensor:
+    """Of y (..., nheads, headdim) over all heads; the published one adds 1e-8 to the root and not under it."""
+    return rms_norm(y.flatten(-2), None, eps=1e-16).view_as(y)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +82,60 @@ class DiagAttentionConfig(AttentionConfig):
     kind: str = "diag_attention"
     window: int | None = 64
     rotary: bool = False
+    activation: str = "softmax"
+    """"softmax" (T2), or "relu" (T1): rectified scores without a denominator, and a norm over all heads after."""
+    lrpe: bool = False
+    """As in `TransNormerConfig`, in place of rotary."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.activation not in ("softmax", "relu"):
+            raise ConfigError(f"diag_attention: activation must be 'softmax' or 'relu', got {self.activation!r}")
+        if self.lrpe and self.rotary:
+            raise ConfigError("diag_attention: lrpe is a rotation itself; choose lrpe or rotary")
         if self.window is None:
             raise ConfigError("diag_attention: window, the length of a block, must be a positive integer")
 
 
 class DiagAttention(Attention):
-    """Softmax attention within blocks of `window` tokens that do not overlap (DiagAttention, T2).
+    """Attention within blocks of `window` tokens that do not overlap (DiagAttention).
 
-        y = o_proj(attention(q, k, v))       over the tokens of the same block, up to the current one when causal
+        softmax (T2):  y = o_proj(attention(q, k, v))    over the tokens of the same block, the current one the last
+        relu (T1):     y = o_proj(rms_norm(relu(scale q k^T) v))                                         when causal
 
     Blocks are counted from the start of each document. State: `KVState` of the current block.
 
-    Source: Qin et al. 2022 (TransNormer, arXiv 2210.10340), section 4.2. T1's relu in place of the softmax is not here.
+    Source: Qin et al. 2022 (TransNormer, arXiv 2210.10340), section 4.2; OpenNLPLab/lra,
+    x_attention/norm_local_attention.py, except that its causal softmax masks after dividing.
     """
 
     Config: ClassVar[type[MixerConfig]] = DiagAttentionConfig
     layer_type: ClassVar[str] = "sliding_attention"
+
+    def __init__(self, config: DiagAttentionConfig, d_model: int, **place: Any) -> None:
+        super().__init__(config, d_model, **place)
+        self.relu = config.activation == "relu"
+        self.lrpe = HouseholderLRPE(self.headdim) if config.lrpe else None
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for layer in self.children():  # the base class asks before there is one
+            if isinstance(layer, HouseholderLRPE):
+                layer.reset_parameters()
+
+    def param_groups(self) -> list[tuple[list[str], dict[str, Any]]]:
+        return [] if self.lrpe is None else [(["lrpe.theta"], {"weight_decay": 0.0})]
+
+    def _heads(
+        self, qkv: tuple[Tensor, ...], x: Tensor, state: KVState | None, seq: SequenceInfo | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super()._heads(qkv, x, state, seq)
+        if self.lrpe is not None:
+            q, k = self.lrpe(positions(x, None if state is None else state.length, seq), q, k)
+        return q, k, v
+
+    def _out(self, y: Tensor, x: Tensor) -> Tensor:
+        return super()._out(_plain_norm(y) if self.relu else y, x)
 
     def forward(
         self, x: Tensor, state: KVState | None = None, seq: SequenceInfo | None = None

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from seqlib.errors import UnsupportedInput
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import Mixer
+from seqlib.mixers.compose import share
+from seqlib.models.aside import Aside, AsideState
 from seqlib.models.block import Block
 from seqlib.models.config import BackboneConfig
 from seqlib.sequence import SequenceInfo, State, StateList
@@ -31,7 +33,15 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.layers: Sequence[Block] = nn.ModuleList(Block(config, i) for i in range(config.n_layer))  # type: ignore[assignment]
-        self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm_offset)
+        share((name, layer.mixer) for name, layer in zip(config.layer_pattern, self.layers))
+        shape = (config.d_model, config.norm_eps, config.norm_offset)
+        self.norm = RMSNorm(*shape)
+        self.asides: nn.ModuleList | None = None
+        self._users: dict[int, int] = {}
+        if config.aside is not None:
+            self.asides = nn.ModuleList(Aside(config.aside, *shape) for _ in range(config.aside.copies))
+            users = [i for i in range(config.n_layer) if config.block(i).aside]
+            self._users = {layer: n % config.aside.copies for n, layer in enumerate(users)}
         # The names that transformers' gradient_checkpointing_enable() looks for and sets.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = _checkpoint
@@ -50,12 +60,13 @@ class Backbone(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         remember = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states: list[State] = []
+        first = x
         for i, layer in enumerate(layers):
             before = None if state is None else state[i]
             if remember:
-                x, after = self._gradient_checkpointing_func(layer.__call__, x, before, seq)
+                x, after = self._gradient_checkpointing_func(layer.__call__, x, before, seq, *self._aside(i, first))
             else:
-                x, after = layer(x, before, seq)
+                x, after = layer(x, before, seq, *self._aside(i, first))
             states.append(after)
         seen = 0 if state is None else state.seqlen
         return self.norm(x), StateList(states, seen + x.shape[1])
@@ -65,10 +76,19 @@ class Backbone(nn.Module):
         """One position, x: (batch, d_model). Writes into `state` and returns it."""
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
+        first = x
         for i, layer in enumerate(self._first(depth)):
-            x, state.states[i] = layer.step(x, state.states[i])
+            x, state.states[i] = layer.step(x, state.states[i], *self._aside(i, first))
         state.seqlen += 1
         return self.norm(x), state
+
+    def _aside(self, layer: int, first: Tensor) -> tuple[Any, ...]:
+        """What a layer that uses an `Aside` needs besides."""
+        block = self._block_aside(layer)
+        return () if block is None else (first, block)
+
+    def _block_aside(self, layer: int) -> Aside | None:
+        return None if self.asides is None or layer not in self._users else self.asides[self._users[layer]]  # type: ignore[return-value]
 
     def initial_state(
         self,
@@ -79,8 +99,14 @@ class Backbone(nn.Module):
         depth: int | None = None,
     ) -> StateList:
         """The state before the first position; `max_seqlen` lets key-value caches be allocated once."""
-        layers = self._first(depth)
-        return StateList([layer.mixer.initial_state(batch, max_seqlen, device, dtype) for layer in layers])
+        states: list[State] = []
+        for i, layer in enumerate(self._first(depth)):
+            state = layer.mixer.initial_state(batch, max_seqlen, device, dtype)
+            block = self._block_aside(i)
+            if block is not None:
+                state = AsideState(block.attention.initial_state(batch, max_seqlen, device, dtype), state)
+            states.append(state)
+        return StateList(states)
 
     def _first(self, depth: int | None) -> Sequence[Block]:
         if depth is None or depth == len(self.layers):
@@ -95,7 +121,9 @@ class Backbone(nn.Module):
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
         """Size of the whole state after `seqlen` positions."""
-        return sum(self.mixer(i).state_bytes(batch, seqlen) for i in range(len(self.layers)))
+        blocks = [self._block_aside(i) for i in range(len(self.layers))]
+        mixers = [layer.mixer for layer in self.layers] + [b.attention for b in blocks if b is not None]
+        return sum(mixer.state_bytes(batch, seqlen) for mixer in mixers)
 
     def special_parameters(self) -> dict[str, dict[str, Any]]:
         """Optimizer options by full parameter name, as the mixers ask for them."""

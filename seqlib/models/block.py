@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from seqlib.layers.moe import channel_mixer
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import build_mixer
+from seqlib.models.aside import AsideState, AsideUse
 from seqlib.models.config import BackboneConfig
 from seqlib.sequence import SequenceInfo, State
 
@@ -26,6 +29,9 @@ class Block(nn.Module):
         self.block = config.block(layer_index)
         mlp = self.block.mlp
         self.norm = RMSNorm(config.d_model, config.norm_eps, config.norm_offset)
+        self.use: AsideUse | None = None
+        if self.block.aside and config.aside is not None:
+            self.use = AsideUse(config.aside, config.d_model)
         branches = 1 if mlp is None else 2
         self.mixer = build_mixer(mixer, config.d_model, layer_index, config.n_layer, branches=branches)
         self.mlp_norm: RMSNorm | None = None
@@ -34,15 +40,28 @@ class Block(nn.Module):
             self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, config.norm_offset)
             self.mlp = channel_mixer(mlp, config.d_model, residual_scale=self.mixer.residual_scale)
 
-    def forward(self, x: Tensor, state: State | None, seq: SequenceInfo | None) -> tuple[Tensor, State]:
-        x, inner = self._enter(x, self.norm)
-        y, state = self.mixer(inner, state, seq, **self._residual(x))
-        return self._mlp(self._mixed(x, y)), state
+    def forward(
+        self, x: Tensor, state: Any, seq: SequenceInfo | None, first: Any = None, block: Any = None
+    ) -> tuple[Tensor, State]:
+        """`first` and `block`: what the stack began with and the `Aside`, for layers that use one."""
+        if self.use is None:
+            x, inner = self._enter(x, self.norm)
+            y, after = self.mixer(inner, state, seq, **self._residual(x))
+        else:
+            kv, before = (None, None) if state is None else (state.kv, state.mixer)
+            aside, kv = self.use(x, first, block, kv, seq)
+            y, after = self.mixer(self.norm(x + aside), before, seq, **self._residual(x))
+            after = AsideState(kv, after)
+        return self._mlp(self._mixed(x, y)), after
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        x, inner = self._enter(x, self.norm)
-        y, state = self.mixer.step(inner, state, **self._residual(x))
+    def step(self, x: Tensor, state: Any, first: Any = None, block: Any = None) -> tuple[Tensor, State]:
+        if self.use is None:
+            x, inner = self._enter(x, self.norm)
+            y, state = self.mixer.step(inner, state, **self._residual(x))
+        else:
+            aside, state.kv = self.use.step(x, first, block, state.kv)
+            y, state.mixer = self.mixer.step(self.norm(x + aside), state.mixer, **self._residual(x))
         return self._mlp(self._mixed(x, y)), state
 
     def _mixed(self, x: Tensor, y: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from seqlib.errors import ConfigError
 from seqlib.layers.mlp import MLPConfig
 from seqlib.layers.moe import channel_config
 from seqlib.mixers import MixerConfig, mixer_config
+from seqlib.models.aside import AsideConfig
 
 __all__ = ["BackboneConfig", "BlockConfig", "expand_pattern"]
 
@@ -30,10 +31,14 @@ class BlockConfig:
     mixer_skip: float = 1.0
     mlp_skip: float = 1.0
     """Factors of what it is added to."""
+    aside: bool = False
+    """The mixer also reads what a block of `BackboneConfig.aside` makes of x."""
 
     def __post_init__(self) -> None:
         if self.norm not in ("pre", "post", "stream"):
             raise ConfigError(f"block: norm must be 'pre', 'post' or 'stream', got {self.norm!r}")
+        if self.aside and self.norm != "pre":
+            raise ConfigError(f"block: aside needs norm='pre', got {self.norm!r}")
         object.__setattr__(self, "mlp", channel_config(self.mlp))
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +67,8 @@ class BackboneConfig:
     """Channel mixer after every sequence mixer; None for none, as in Mamba."""
     blocks: Mapping[str, BlockConfig] = dataclasses.field(default_factory=dict)
     """Blocks of the layers with these names of the pattern; layers with other names have `mlp` in a plain block."""
+    aside: AsideConfig | None = None
+    """Transformer blocks that several layers share, see `BlockConfig.aside`."""
     norm_eps: float = 1e-5
     norm_offset: float = 0.0
     """Norms multiply by their weight plus this (1 in Gemma and Qwen3-Next, where weights start at 0)."""
@@ -85,6 +92,10 @@ class BackboneConfig:
         unused = sorted(self.blocks.keys() - set(self.layer_pattern))
         if unused:
             raise ConfigError(f"blocks {', '.join(unused)} do not occur in layer_pattern; remove or use them")
+        if isinstance(self.aside, Mapping):
+            set_(self, "aside", _from_fields(AsideConfig, self.aside, "aside"))
+        if any(block.aside for block in self.blocks.values()) != (self.aside is not None):
+            raise ConfigError("blocks aside need both BackboneConfig.aside and a layer whose block has aside=True")
 
     def block(self, layer_index: int) -> BlockConfig:
         """What stands around the mixer of one layer."""
@@ -98,6 +109,7 @@ class BackboneConfig:
             "layer_pattern": list(self.layer_pattern),
             "mlp": None if self.mlp is None else self.mlp.to_dict(),
             "blocks": {name: block.to_dict() for name, block in self.blocks.items()},
+            "aside": None if self.aside is None else self.aside.to_dict(),
         }
 
     @classmethod

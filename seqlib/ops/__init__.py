@@ -5,10 +5,12 @@ from seqlib.ops.causal_conv1d import causal_conv1d
 from seqlib.ops.delta_rule import delta_rule
 from seqlib.ops.linear import linear
 from seqlib.ops.linear_attention import linear_attention
+from seqlib.ops.linear_cross_entropy import linear_cross_entropy
 from seqlib.ops.linear_scan import linear_scan
 from seqlib.ops.long_conv import long_conv
 from seqlib.ops.norm import rms_norm
 from seqlib.ops.path_attention import path_attention
+from seqlib.ops.rpe_attention import rpe_attention
 from seqlib.ops.selective_scan import selective_scan
 from seqlib.ops.ssm_kernel import ssm_kernel_diag, ssm_kernel_dplr
 
@@ -18,10 +20,12 @@ __all__ = [
     "delta_rule",
     "linear",
     "linear_attention",
+    "linear_cross_entropy",
     "linear_scan",
     "long_conv",
     "path_attention",
     "rms_norm",
+    "rpe_attention",
     "selective_scan",
     "ssm_kernel_diag",
     "ssm_kernel_dplr",

@@ -10,25 +10,41 @@ from transformers import PretrainedConfig
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.families import (
     bamba,
+    based,
     delta,
     falcon_h1,
+    fla,
     granite,
     jamba,
     mamba,
     minimax,
     nemotron_h,
     recurrent_gemma,
+    transnormer,
     xlstm,
+    zamba2,
 )
 from seqlib.hf.families.base import Family
 
 __all__ = ["FAMILIES", "recognise"]
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for module in (mamba, jamba, bamba, falcon_h1, nemotron_h, granite, minimax, recurrent_gemma, delta, xlstm)
-    for family in module.FAMILIES
-}
+_MODULES = (
+    mamba,
+    jamba,
+    bamba,
+    zamba2,
+    falcon_h1,
+    nemotron_h,
+    granite,
+    minimax,
+    recurrent_gemma,
+    delta,
+    xlstm,
+    transnormer,
+    based,
+    fla,
+)
+FAMILIES: dict[str, Family] = {family.name: family for module in _MODULES for family in module.FAMILIES}
 """By the name that `seqlib.export` takes."""
 
 

@@ -65,13 +65,14 @@ class Family:
 
     Args:
         name: what `seqlib.export` calls it.
-        config: their config, and "authors" or "transformers", whom to match where they differ -> fields of SeqlibConfig.
+        config: their config, and whom to match, "authors" or "transformers", where they differ -> ours as keywords.
         parts: their config and ours -> correspondences; those of which we have no tensor are passed over, and of
             several for the same tensors of ours the first that the file has counts. The first of all is written.
         matches: whether a config.json is of this family.
         defaults: their config with every field that counts; files may leave some out.
         known: fields of their config that change nothing here; other unknown ones are refused.
         ignored: patterns of tensors that carry nothing.
+        look: fields of their config that only the names of the tensors tell.
         write: our config -> theirs, for models that were not loaded from this layout; None where only those can be
             written.
         stores_tied_head: the head is in the file although it is tied.
@@ -86,6 +87,7 @@ class Family:
     defaults: Callable[[Values], dict[str, Any]] = dict
     known: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
+    look: Callable[[Iterable[str]], dict[str, Any]] | None = None
     write: Callable[[SeqlibConfig], dict[str, Any]] | None = None
     stores_tied_head: bool = False
     weights_file: str | None = None
@@ -97,19 +99,25 @@ def ported(
     model_type: str,
     config: Callable[[Values, str], dict[str, Any]],
     parts: Callable[[Values, SeqlibConfig], Iterable[Part]],
+    *,
+    also: tuple[str, ...] = (),
     **options: Any,
 ) -> Family:
-    """A family that transformers has too: its config class knows the defaults and older names of the fields."""
+    """A family that transformers has too: its config class knows the defaults and older names of the fields.
+
+    `also` are names that the authors' own code goes by.
+    """
 
     def defaults(values: Values) -> dict[str, Any]:
-        own = AutoConfig.for_model(**{"model_type": model_type, **values})
+        own = AutoConfig.for_model(**{**values, "model_type": model_type})
         # Fields that it does not know become attributes, too; the caller has to hear of them.
         known = {f.name for f in dataclasses.fields(own)} | own.attribute_map.keys() | options.get("known", frozenset())
         given = {k: v for k, v in values.items() if k in known}
         full = {k: v for k, v in own.to_dict().items() if k not in values.keys() - known}
         return given | full | {"model_type": model_type}
 
-    return Family(name, config, parts, lambda v: v.get("model_type") == model_type, defaults, **options)
+    names = (model_type, *also)
+    return Family(name, config, parts, lambda v: v.get("model_type") in names, defaults, **options)
 
 
 def ids(values: Values) -> dict[str, Any]:
@@ -169,12 +177,11 @@ def rows(
     *,
     order: Tensor | None = None,
     shares: Sequence[int] | None = None,
-    tail: tuple[int, ...] | None = None,
 ) -> dict[str, str | Part]:
     """One entry of `layer` in which rows are joined, divided or reordered."""
     mine = (ours,) if isinstance(ours, str) else tuple(ours)
     them = (theirs,) if isinstance(theirs, str) else tuple(theirs)
-    return {mine[0]: Part(mine, them, order, None if shares is None else tuple(shares), tail)}
+    return {mine[0]: Part(mine, them, order, None if shares is None else tuple(shares))}
 
 
 def expect(family: str, values: Values, **wanted: Any) -> None:

@@ -56,6 +56,10 @@ def dt_limit(limit: Any) -> dict[str, float | None]:
     return {"dt_limit_min": low, "dt_limit_max": None if math.isinf(high) else high}
 
 
+def _limit(mixer: Any) -> list[float]:
+    return [mixer.dt_limit_min, math.inf if mixer.dt_limit_max is None else mixer.dt_limit_max]
+
+
 def _hf_config(v: Values, match: str) -> dict[str, Any]:
     expect(v["model_type"], v, hidden_act=("silu", "swish"))
     mixer = {
@@ -119,12 +123,11 @@ def _hf_write(kind: str, config: SeqlibConfig) -> dict[str, Any]:
     if kind == "mamba":
         return values | {"time_step_rank": mixer.dt_rank or "auto"}
     inner = mixer.d_inner or mixer.expand * config.d_model
-    limit = [mixer.dt_limit_min, math.inf if mixer.dt_limit_max is None else mixer.dt_limit_max]
     return values | {
         "head_dim": mixer.headdim,
         "num_heads": inner // mixer.headdim,
         "n_groups": mixer.ngroups,
-        "time_step_limit": limit,
+        "time_step_limit": _limit(mixer),
     }
 
 
@@ -257,6 +260,8 @@ def _original_write(config: SeqlibConfig) -> dict[str, Any]:
     changed = mixer.to_dict()
     ssm: dict[str, Any] = {"layer": "Mamba1" if mixer.kind == "mamba" else "Mamba2"}
     ssm |= {name: changed[ours] for name, ours in known.items() if ours in changed}
+    if mixer.kind == "mamba2":
+        ssm["dt_limit"] = _limit(mixer)
     width = 0 if config.backbone.mlp is None else config.backbone.mlp.width(config.d_model)
     return _ORIGINAL | {
         "d_model": config.d_model,

@@ -94,6 +94,7 @@ FAMILIES = (
         "minimax",
         _config,
         _parts,
+        also=("minimax_text_01", "minimax_m1"),
         known=LEGACY | frozenset(_OLD),
         ignored=(r"\.(slope_rate|query_decay|key_decay|diagonal_decay)$",),
     ),

@@ -139,6 +139,10 @@ CASES = (
         _build(5, 13, 2, 8, window=4, decays=True, lengths=(4, 9, 6, 0, 3), seq=_CONTINUED),
         keep=_KEEP,
     ),
+    Case("relu", _build(2, 70, 4, 8, nheads_kv=2, headdim_v=12, relu=True)),
+    Case("relu_bidirectional_padded", _build(4, 17, 2, 8, causal=False, relu=True, seq=_MIXED)),
+    Case("relu_window", _build(1, 200, 2, 8, window=16, relu=True)),
+    Case("relu_state_continued", _build(5, 13, 2, 8, relu=True, lengths=(4, 9, 6, 0, 3), capacity=20, seq=_CONTINUED)),
     _bench("attention_1x2048x8x64", None),
     _bench("attention_1x2048x8x64_window256", 256),
 )

@@ -21,6 +21,7 @@ def step(
     *,
     window: int | None = None,
     scale: float | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """Attend one new token per row to itself and to the state, which takes it up in place.
 
@@ -37,6 +38,7 @@ def step(
         log_decay: (batch, nheads), at most 0; with a state that holds decays, and only then.
         window: tokens that are seen, the new one included; None for all.
         scale: of the scores; None is 1/sqrt(headdim).
+        relu: weigh by relu(scores) in place of the softmax.
 
     Returns:
         (batch, nheads, headdim_v) in the dtype of q.
@@ -79,5 +81,8 @@ def step(
         mask = torch.where(mask, bias, -torch.inf).to(q.dtype)
     # The query heads of one key head stand where the queries stand, so keys and values are read as they lie.
     groups = q.unflatten(1, (k.shape[1], -1))
+    if relu:
+        scores = (groups @ keys.transpose(-1, -2)).relu() * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return (torch.where(mask, scores, 0) @ values).flatten(1, 2)
     y = F.scaled_dot_product_attention(groups, keys, values, mask, scale=scale)
     return y.flatten(1, 2)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import KVState
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["attention"]
+__all__ = ["attention", "walk"]
 
 
 def attention(
@@ -20,16 +21,19 @@ def attention(
     window: int | None,
     causal: bool,
     scale: float,
+    relu: bool,
     state: KVState | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, KVState]:
     batch, seqlen = q.shape[:2]
+    if log_decay is not None and bool((log_decay > 0).any()):
+        raise UnsupportedInput(f"log_decay must be at most 0, got a largest value of {float(log_decay.max())}")
     capacity = window or (seqlen if state is None else state.capacity)
     rows = []
     for b in range(batch):
         before = 0 if state is None else int(state.length[b])
         past = range(max(0, before - capacity), before)
-        document, position = _walk(b, seqlen, before, seq)
+        document, position = walk(b, seqlen, before, seq)
         # Document 0 goes on from the state; -1 is padding.
         of_key = torch.tensor([0] * len(past) + document, device=q.device)
         at_key = torch.tensor([*past, *position], device=q.device)
@@ -47,7 +51,7 @@ def attention(
         if log_decay is not None:
             held = [] if state is None or state.log_decay is None else list(state.log_decay[b, slots])
             decays = _decays(log_decay[b], held, of_key[len(past) :] >= 0)
-        y = _softmax_attention(q[b], keys, values, visible, scale, decays)
+        y = _weighted(q[b], keys, values, visible, scale, decays, relu)
         last = (of_key == max([0, *document])).nonzero()[:, 0]
         since = None if decays is None else decays[-1, last]
         rows.append((y, keys[last], values[last], 1 + int(at_key[last[-1]]) if len(last) else 0, since))
@@ -63,7 +67,7 @@ def attention(
     return torch.stack([y for y, *_ in rows]), final
 
 
-def _walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[list[int], list[int]]:
+def walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[list[int], list[int]]:
     """Document and position in it of every token of a row, -1 for padding."""
     documents, positions = [], []
     document, position = 0, before
@@ -88,13 +92,18 @@ def _decays(log_decay: Tensor, held: list[Tensor], real: Tensor) -> Tensor:
     return torch.stack(up_to, 1)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, decays: Tensor | None) -> Tensor:
+def _weighted(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, decays: Tensor | None, relu: bool
+) -> Tensor:
     high = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // k.shape[1]
     keys, values = (t.to(high).repeat_interleave(group, 1) for t in (k, v))
     scores = torch.einsum("lhp,shp->hls", q.to(high), keys) * scale
     if decays is not None:
         scores = scores + decays.permute(2, 0, 1)
+    if relu:
+        weights = torch.where(visible, scores.relu(), 0)
+        return torch.einsum("hls,shp->lhp", weights, values).to(q.dtype)
     weights = torch.where(visible, scores, -torch.inf)
     weights = torch.exp(weights - weights.amax(-1, keepdim=True).clamp(min=torch.finfo(high).min))
     total = weights.sum(-1, keepdim=True)

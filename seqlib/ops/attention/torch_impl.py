@@ -18,35 +18,36 @@ from seqlib.ops.attention.documents import Tokens, documents, with_past
 from seqlib.ops.attention.state import KVState, append
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["attention_chunked", "attention_parallel"]
+__all__ = ["Rule", "attend", "attention_chunked", "attention_parallel"]
 
 # Entries of a mask that may exist at one time, and the narrowest block of queries it may force.
 _MASK, _BLOCK = 1 << 19, 64
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """Who sees whom, in coordinates that count from the first query. Per row, keys lie in begin <= j < end."""
 
     window: int | None
     causal: bool
     scale: float
+    relu: bool
     begin: Tensor | None = None
     end: Tensor | None = None
 
 
 # (queries, keys, rule) -> y, where the queries belong to the last tokens of the keys.
-_Form = Callable[[Tokens, Tokens, _Rule], Tensor]
+_Form = Callable[[Tokens, Tokens, Rule], Tensor]
 
 
 def attention_parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, **options) -> tuple[Tensor, KVState]:
-    return _attention(_parallel, q, k, v, log_decay, **options)
+    return attend(_parallel, q, k, v, log_decay, **options)
 
 
 def attention_chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, **options) -> tuple[Tensor, KVState]:
-    return _attention(_chunked, q, k, v, log_decay, **options)
+    return attend(_chunked, q, k, v, log_decay, **options)
 
 
-def _attention(
+def attend(
     form: _Form,
     q: Tensor,
     k: Tensor,
@@ -56,6 +57,7 @@ def _attention(
     window: int | None,
     causal: bool,
     scale: float,
+    relu: bool,
     state: KVState | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, KVState]:
@@ -71,26 +73,27 @@ def _attention(
     final = append(state, k, v, sums, window=window, seq=seq)
     if seq is None or seq.shape is None:
         known, begin = with_past(state, None, keys, window)
-        return form(queries, known, _Rule(window, causal, scale, begin)), final
+        return form(queries, known, Rule(window, causal, scale, relu, begin)), final
     y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
     for index, real, rows in documents(seq, has_state=state is not None):
         ours, theirs = (tuple(t.flatten(0, 1)[index] for t in tokens) for tokens in (queries, keys))
         known, begin = with_past(None if rows is None else state, rows, theirs, window)
         end = None if causal else real.sum(1)
-        part = form(ours, known, _Rule(window, causal, scale, begin, end))
+        part = form(ours, known, Rule(window, causal, scale, relu, begin, end))
         y = y.index_copy(0, index[real], part[real])
     return y.unflatten(0, q.shape[:2]), final
 
 
-def _parallel(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
+def _parallel(queries: Tokens, keys: Tokens, rule: Rule) -> Tensor:
     """Every query against every key it may see; where that takes a mask, block by block of queries."""
     (batch, seqlen), total, gated = queries[0].shape[:2], keys[0].shape[1], len(queries) > 1
     past = total - seqlen
     window = None if rule.window is None or rule.window >= total else rule.window
     rule = rule._replace(window=window)
+    plain = not gated and not rule.relu
     uneven = rule.begin is not None or rule.end is not None
-    if not uneven and window is None and (past == 0 or not rule.causal) and (not gated or seqlen <= _BLOCK):
-        return _sdpa(queries, keys, scale=rule.scale, is_causal=rule.causal)
+    if not uneven and window is None and (past == 0 or not rule.causal) and (plain or seqlen <= _BLOCK):
+        return _sdpa(queries, keys, rule, is_causal=rule.causal)
     # Decays are counted from the first query of a block: in wider ones they would lose digits.
     block = _BLOCK if gated else max(_BLOCK, _MASK // (total * (batch if uneven else 1)))
     parts = []
@@ -99,8 +102,8 @@ def _parallel(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
         j0 = -past if window is None else max(-past, i0 - window + 1)
         j1 = i1 if rule.causal else min(seqlen, i1 + (window or seqlen) - 1)
         ours, theirs = tuple(t[:, i0:i1] for t in queries), tuple(t[:, past + j0 : past + j1] for t in keys)
-        if gated and torch.is_grad_enabled():
-            # Each block has a copy of its keys, and all of them together would be quadratic in memory.
+        if not plain and torch.is_grad_enabled():
+            # Each block has its scores or a copy of its keys, and all of them together would be quadratic in memory.
             part = checkpoint(
                 _block, ours, theirs, rule, range(i0, i1), range(j0, j1), use_reentrant=False, preserve_rng_state=False
             )
@@ -110,11 +113,11 @@ def _parallel(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _block(queries: Tokens, keys: Tokens, rule: _Rule, i: range, j: range) -> Tensor:
-    return _sdpa(queries, keys, scale=rule.scale, attn_mask=_mask(rule, i, j, queries[0].device))
+def _block(queries: Tokens, keys: Tokens, rule: Rule, i: range, j: range) -> Tensor:
+    return _sdpa(queries, keys, rule, attn_mask=_mask(rule, i, j, queries[0].device))
 
 
-def _chunked(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
+def _chunked(queries: Tokens, keys: Tokens, rule: Rule) -> Tensor:
     """Causal windows block by block, all at once: a block of queries sees itself and the blocks its window reaches."""
     assert rule.window is not None and rule.causal
     (batch, seqlen), past = queries[0].shape[:2], keys[0].shape[1] - queries[0].shape[1]
@@ -138,7 +141,7 @@ def _chunked(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
     return torch.cat([head, rest[:, : seqlen - first]], 1)
 
 
-def _mask(rule: _Rule, queries: range, keys: range, device: torch.device) -> Tensor:
+def _mask(rule: Rule, queries: range, keys: range, device: torch.device) -> Tensor:
     """(1 or batch, 1, queries, keys) bool: which keys each query may see."""
     i = torch.arange(queries.start, queries.stop, device=device)[:, None]
     j = torch.arange(keys.start, keys.stop, device=device)
@@ -156,12 +159,15 @@ def _mask(rule: _Rule, queries: range, keys: range, device: torch.device) -> Ten
     return visible
 
 
-def _sdpa(queries: Tokens, keys: Tokens, scale: float, **options: Any) -> Tensor:
+def _sdpa(queries: Tokens, keys: Tokens, rule: Rule, **options: Any) -> Tensor:
     """torch's fused kernel on (batch, seqlen, nheads, headdim)."""
+    scale = rule.scale
     (q, *gate), (k, v, *key_gate) = queries, keys
     dtype, group, width = v.dtype, q.shape[2] // k.shape[2], v.shape[3]
     if group > 1:
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    if rule.relu:
+        return _rectified(q, k, v, scale, **options)
     if gate:
         q, k, v, scale = (
             *_gated(q, k, gate[0], key_gate[0], scale),
@@ -172,6 +178,17 @@ def _sdpa(queries: Tokens, keys: Tokens, scale: float, **options: Any) -> Tensor
     q, k, v = (F.pad(t, (0, max(q.shape[3], width) - t.shape[3])).transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, scale=scale, **options)
     return y.transpose(1, 2)[..., :width].to(dtype)
+
+
+def _rectified(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_causal: bool = False, attn_mask: Tensor | None = None
+) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, values = (t.to(wide).transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) * scale).relu()
+    if attn_mask is not None:
+        weights = torch.where(attn_mask, weights, 0)
+    return ((weights.tril() if is_causal else weights) @ values).transpose(1, 2).to(v.dtype)
 
 
 def _gated(q: Tensor, k: Tensor, sums: Tensor, key_sums: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -22,19 +22,45 @@ def _narrow(facts: Facts) -> str | None:
     return None if d_conv <= _NATIVE_WIDTH else f"d_conv is {d_conv}; it takes up to {_NATIVE_WIDTH}"
 
 
+def _vendor_sizes(facts: Facts) -> str | None:
+    d_conv, d = facts.size("d_conv"), facts.size("d")
+    if not 2 <= d_conv <= 4:
+        return f"d_conv is {d_conv}; it takes 2 to 4"
+    return None if d % 8 == 0 else f"d is {d}; it takes multiples of 8"
+
+
 _NATIVE: dict[str, Any] = {
     "devices": ("cpu",),
     "dtypes": (torch.float32, torch.bfloat16),
     "needs": ("native",),
     "limits": _narrow,
 }
+_CUDA: dict[str, Any] = {
+    "devices": ("cuda",),
+    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
+    "needs": ("native:cuda",),
+    "limits": _narrow,
+}
 IMPLS = (
     Impl("native", "parallel", f"{_HERE}.native_impl:causal_conv1d", **_NATIVE),
+    Impl("native", "parallel", f"{_HERE}.native_impl:causal_conv1d", **_CUDA),
+    Impl(
+        "vendor",
+        "parallel",
+        f"{_HERE}.vendor_impl:causal_conv1d",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("causal_conv1d",),
+        limits=_vendor_sizes,
+        refuses=frozenset({"packed", "padded"}),
+        by_name_only=True,
+    ),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:causal_conv1d"),
     Impl("reference", "reference", f"{_HERE}.reference:causal_conv1d"),
 )
 STEP_IMPLS = (
     Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_CUDA),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step"),
     Impl("reference", "reference", f"{_HERE}.reference:step"),
 )
@@ -58,7 +84,9 @@ def facts(
         "padded": seq is not None and seq.padding_mask is not None,
     }
     features = frozenset(name for name, on in used.items() if on)
-    return Facts(x.device.type, x.dtype, seqlen, needs_grad, features, (("d_conv", weight.shape[1]),))
+    return Facts(
+        x.device.type, x.dtype, seqlen, needs_grad, features, (("d_conv", weight.shape[1]), ("d", x.shape[-1]))
+    )
 
 
 OP = Op("causal_conv1d", IMPLS, facts, "causal_conv1d")

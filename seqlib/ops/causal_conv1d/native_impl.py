@@ -1,4 +1,4 @@
-"""The causal convolution by the compiled CPU kernel."""
+"""The causal convolution by the compiled kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def causal_conv1d(
     initial_state: Tensor | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, bias, initial_state, seq.spans if seq is not None else None, activation == "silu")
+    return _forward(
+        x, weight, bias, initial_state, seq.plan(x.device) if seq is not None else None, activation == "silu"
+    )
 
 
 def step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, activation: str | None) -> Tensor:

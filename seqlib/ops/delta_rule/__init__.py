@@ -15,12 +15,12 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "delta_rule", "step", "summarize"]
 
 _HERE = "seqlib.ops.delta_rule"
-_NATIVE_STATE = 256
+_WIDEST_STATE = 256
 
 
 def _narrow(facts: Facts) -> str | None:
     d_state = facts.size("d_state")
-    return None if d_state <= _NATIVE_STATE else f"d_state is {d_state}; it takes up to {_NATIVE_STATE}"
+    return None if d_state <= _WIDEST_STATE else f"d_state is {d_state}; it takes up to {_WIDEST_STATE}"
 
 
 _NATIVE: dict[str, Any] = {
@@ -29,13 +29,30 @@ _NATIVE: dict[str, Any] = {
     "needs": ("native",),
     "limits": _narrow,
 }
+_CUDA: dict[str, Any] = _NATIVE | {
+    "devices": ("cuda",),
+    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
+    "needs": ("native:cuda",),
+}
 IMPLS = (
+    Impl(
+        "triton",
+        "chunked",
+        f"{_HERE}.triton_impl:delta_rule",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("triton>=3.6",),
+        limits=_narrow,
+        refuses=frozenset({"chunk_size"}),
+        gate=f"{_HERE}.triton_impl:gate",
+    ),
     Impl("native", "chunked", f"{_HERE}.native_impl:chunked", refuses=frozenset({"chunk_size"}), **_NATIVE),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
     Impl("reference", "reference", f"{_HERE}.reference:delta_rule"),
 )
 STEP_IMPLS = (
     Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_CUDA),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),
 )
 
@@ -55,6 +72,8 @@ def facts(
         t is not None and t.requires_grad for t in (q, k, v, beta, log_decay, initial_state)
     )
     features = {"chunk_size"} if chunk_size is not None else set()
+    if log_decay is not None:
+        features.add("decay per channel" if log_decay.dim() == v.dim() else "decay per token")
     seqlen = v.shape[1] if v.dim() == 4 else 1
     sizes = (("d_state", k.shape[-1]), ("headdim", v.shape[-1]))
     return Facts(v.device.type, v.dtype, seqlen, needs_grad, frozenset(features), sizes)

@@ -10,7 +10,7 @@ import torch
 from seqlib.ops.case import Case
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "case"]
 
 
 def _build(
@@ -69,7 +69,7 @@ _KEEP = frozenset({"beta", "log_decay", "initial_state"})
 _KINDS = ("none", "token", "channel")
 
 
-def _case(name: str, *sizes: Any, **options: Any) -> Case:
+def case(name: str, *sizes: Any, **options: Any) -> Case:
     return Case(name, _build(*sizes, **options), _KEEP)
 
 
@@ -87,21 +87,21 @@ def _bench(name: str, seqlen: int, nheads: int, d_state: int, headdim: int, deca
 
 
 CASES = (
-    *(_case(f"{kind}_130", 2, 130, 3, 16, 20, kind, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_one_position", 2, 1, 2, 5, 7, kind, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_groups", 2, 65, 6, 16, 8, kind, groups=(2, 2), state=True) for kind in _KINDS),
-    *(_case(f"{kind}_packed", 1, 161, 2, 16, 9, kind, seq=PACKED, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_continued", 1, 161, 2, 9, 16, kind, seq=CONTINUED, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_padded", 4, 14, 2, 5, 6, kind, seq=PADDED) for kind in _KINDS),
-    *(_case(f"{kind}_mixed_groups", 4, 14, 4, 5, 6, kind, seq=MIXED, state=True, groups=(1, 2)) for kind in _KINDS),
-    *(_case(f"{kind}_strong", 1, 100, 2, 16, 16, kind, strong=30.0, state=True) for kind in _KINDS[1:]),
-    *(_case(f"token_tail_{n}", 1, n, 2, 16, 16, "token", scale=0.25) for n in (2, 3, 63, 64, 65, 100)),
-    *(_case(f"{kind}_wide", 1, 70, 1, 64, 64, kind, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_odd_33", 1, 66, 2, 33, 33, kind, state=True) for kind in _KINDS),
-    _case("token_wide_state", 1, 37, 1, 130, 20, "token"),
-    _case("token_wide_head", 1, 37, 1, 20, 150, "token", state=True),
-    _case("token_chunk_size", 1, 50, 2, 16, 16, "token", chunk_size=7, state=True),
-    _case("channel_chunk_size", 1, 50, 2, 16, 16, "channel", chunk_size=33),
+    *(case(f"{kind}_130", 2, 130, 3, 16, 20, kind, state=True) for kind in _KINDS),
+    *(case(f"{kind}_one_position", 2, 1, 2, 5, 7, kind, state=True) for kind in _KINDS),
+    *(case(f"{kind}_groups", 2, 65, 6, 16, 8, kind, groups=(2, 2), state=True) for kind in _KINDS),
+    *(case(f"{kind}_packed", 1, 161, 2, 16, 9, kind, seq=PACKED, state=True) for kind in _KINDS),
+    *(case(f"{kind}_continued", 1, 161, 2, 9, 16, kind, seq=CONTINUED, state=True) for kind in _KINDS),
+    *(case(f"{kind}_padded", 4, 14, 2, 5, 6, kind, seq=PADDED) for kind in _KINDS),
+    *(case(f"{kind}_mixed_groups", 4, 14, 4, 5, 6, kind, seq=MIXED, state=True, groups=(1, 2)) for kind in _KINDS),
+    *(case(f"{kind}_strong", 1, 100, 2, 16, 16, kind, strong=30.0, state=True) for kind in _KINDS[1:]),
+    *(case(f"token_tail_{n}", 1, n, 2, 16, 16, "token", scale=0.25) for n in (2, 3, 63, 64, 65, 100)),
+    *(case(f"{kind}_wide", 1, 70, 1, 64, 64, kind, state=True) for kind in _KINDS),
+    *(case(f"{kind}_odd_33", 1, 66, 2, 33, 33, kind, state=True) for kind in _KINDS),
+    case("token_wide_state", 1, 37, 1, 130, 20, "token"),
+    case("token_wide_head", 1, 37, 1, 20, 150, "token", state=True),
+    case("token_chunk_size", 1, 50, 2, 16, 16, "token", chunk_size=7, state=True),
+    case("channel_chunk_size", 1, 50, 2, 16, 16, "channel", chunk_size=33),
     _bench("deltanet_1x2048x4x64", 2048, 4, 64, 64, "none"),
     _bench("gated_deltanet_1x2048x4x64", 2048, 4, 64, 64, "token"),
     _bench("kda_1x2048x4x64", 2048, 4, 64, 64, "channel"),

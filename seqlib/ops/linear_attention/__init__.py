@@ -15,8 +15,40 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "linear_attention", "step", "summarize"]
 
 _HERE = "seqlib.ops.linear_attention"
+
+
+def _divides(facts: Facts) -> str | None:
+    if facts.needs_grad and "decay per token" in facts.features:
+        return "it divides v by the decay of each token, which leaves no digits of some gradients"
+    return None
+
+
 _NATIVE: dict[str, Any] = {"devices": ("cpu",), "dtypes": (torch.float32, torch.bfloat16), "needs": ("native",)}
+_CUDA: dict[str, Any] = {
+    "devices": ("cuda",),
+    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
+    "needs": ("native:cuda",),
+}
+_TRITON_STATE = 256
+
+
+def _narrow(facts: Facts) -> str | None:
+    d_state = facts.size("d_state")
+    return None if d_state <= _TRITON_STATE else f"d_state is {d_state}; it takes up to {_TRITON_STATE}"
+
+
 IMPLS = (
+    Impl(
+        "triton",
+        "chunked",
+        f"{_HERE}.triton_impl:linear_attention",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("triton>=3.6",),
+        limits=_narrow,
+        refuses=frozenset({"chunk_size"}),
+        gate=f"{_HERE}.triton_impl:gate",
+    ),
     Impl(
         "native",
         "chunked",
@@ -24,12 +56,24 @@ IMPLS = (
         refuses=frozenset({"chunk_size"}),
         **_NATIVE,
     ),
+    Impl(
+        "vendor",
+        "chunked",
+        f"{_HERE}.vendor_impl:chunked",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16),
+        needs=("mamba_ssm",),
+        limits=_divides,
+        refuses=frozenset({"decay per channel", "bidirectional", "packed", "padded"}),
+        by_name_only=True,
+    ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:parallel", by_name_only=True),
     Impl("reference", "reference", f"{_HERE}.reference:linear_attention"),
 )
 STEP_IMPLS = (
     Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_NATIVE),
+    Impl("native", "recurrent", f"{_HERE}.native_impl:step", grad=False, **_CUDA),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step", grad=False),
 )
 
@@ -42,12 +86,22 @@ def facts(
     *,
     initial_state: Tensor | None = None,
     chunk_size: int | None = None,
+    causal: bool = True,
+    seq: SequenceInfo | None = None,
     **_: Any,
 ) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, log_decay, initial_state)
     )
-    features = {"chunk_size"} if chunk_size is not None else set()
+    used = {
+        "chunk_size": chunk_size is not None,
+        "bidirectional": not causal,
+        "packed": seq is not None and seq.starts is not None,
+        "padded": seq is not None and seq.padding_mask is not None,
+    }
+    features = {name for name, on in used.items() if on}
+    if log_decay is not None:
+        features.add({v.dim(): "decay per channel", 1: "decay per head"}.get(log_decay.dim(), "decay per token"))
     seqlen = v.shape[1] if v.dim() == 4 else 1
     sizes = (("d_state", k.shape[-1]), ("headdim", v.shape[-1]))
     return Facts(v.device.type, v.dtype, seqlen, needs_grad, frozenset(features), sizes)
@@ -125,9 +179,9 @@ def linear_attention(
         raise UnsupportedInput(f"chunk_size must be at least 1, got {chunk_size}")
     if seq is not None:
         seq.check(v.shape[0], v.shape[1])
-    run = OP.choose(facts(q, k, v, log_decay, initial_state=initial_state, chunk_size=chunk_size), form, backend)
-    options = {"scale": scale, "initial_state": initial_state, "causal": causal, "chunk_size": chunk_size, "seq": seq}
-    return run(q, k, v, log_decay, **options)
+    options: dict[str, Any] = {"initial_state": initial_state, "causal": causal, "chunk_size": chunk_size, "seq": seq}
+    run = OP.choose(facts(q, k, v, log_decay, **options), form, backend)
+    return run(q, k, v, log_decay, scale=scale, **options)
 
 
 def step(

@@ -10,7 +10,7 @@ import torch
 from seqlib.ops.case import Case
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "case"]
 
 
 def _build(
@@ -70,7 +70,7 @@ _KEEP = frozenset({"log_decay", "initial_state"})
 _KINDS = ("none", "head", "token", "channel")
 
 
-def _case(name: str, *sizes: Any, **options: Any) -> Case:
+def case(name: str, *sizes: Any, **options: Any) -> Case:
     return Case(name, _build(*sizes, **options), _KEEP)
 
 
@@ -88,28 +88,28 @@ def _bench(name: str, seqlen: int, nheads: int, d_state: int, headdim: int, deca
 
 
 CASES = (
-    *(_case(f"{kind}_130", 2, 130, 3, 16, 20, kind, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_one_position", 2, 1, 2, 5, 7, kind, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_groups", 2, 65, 6, 16, 8, kind, groups=(2, 2), state=True) for kind in _KINDS),
-    *(_case(f"{kind}_packed", 1, 161, 2, 16, 9, kind, seq=PACKED, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_continued", 1, 161, 2, 9, 16, kind, seq=CONTINUED, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_padded", 4, 14, 2, 5, 6, kind, seq=PADDED) for kind in _KINDS),
-    *(_case(f"{kind}_padded_state", 4, 14, 2, 5, 6, kind, seq=PADDED, state=True) for kind in _KINDS),
-    *(_case(f"{kind}_mixed_groups", 4, 14, 4, 5, 6, kind, seq=MIXED, state=True, groups=(1, 2)) for kind in _KINDS),
-    *(_case(f"{kind}_strong", 1, 100, 2, 16, 16, kind, strong=30.0, state=True) for kind in _KINDS[1:]),
-    *(_case(f"token_tail_{n}", 1, n, 2, 16, 16, "token") for n in (2, 63, 64, 65, 100)),
-    _case("token_wide", 1, 70, 1, 64, 64, "token", state=True),
-    _case("token_odd_33", 1, 66, 2, 33, 33, "token", state=True),
-    _case("head_wide_state", 1, 70, 2, 130, 20, "head", scale=130**-0.5),
-    _case("token_wide_head", 1, 70, 1, 20, 150, "token", state=True),
-    _case("head_scale", 1, 40, 2, 16, 16, "head", scale=0.25),
-    _case("token_chunk_size", 1, 50, 2, 16, 16, "token", chunk_size=7, state=True),
-    _case("channel_chunk_size", 1, 50, 2, 16, 16, "channel", chunk_size=33),
-    _case("both_sides", 2, 70, 2, 16, 9, causal=False),
-    _case("both_sides_head", 2, 70, 2, 16, 9, "head", causal=False, groups=(1, 1)),
-    _case("both_sides_padded", 4, 14, 2, 5, 6, causal=False, seq=PADDED),
-    _case("both_sides_mixed", 4, 14, 2, 5, 6, causal=False, seq=MIXED),
-    _case("both_sides_head_mixed", 4, 14, 2, 5, 6, "head", causal=False, seq=MIXED),
+    *(case(f"{kind}_130", 2, 130, 3, 16, 20, kind, state=True) for kind in _KINDS),
+    *(case(f"{kind}_one_position", 2, 1, 2, 5, 7, kind, state=True) for kind in _KINDS),
+    *(case(f"{kind}_groups", 2, 65, 6, 16, 8, kind, groups=(2, 2), state=True) for kind in _KINDS),
+    *(case(f"{kind}_packed", 1, 161, 2, 16, 9, kind, seq=PACKED, state=True) for kind in _KINDS),
+    *(case(f"{kind}_continued", 1, 161, 2, 9, 16, kind, seq=CONTINUED, state=True) for kind in _KINDS),
+    *(case(f"{kind}_padded", 4, 14, 2, 5, 6, kind, seq=PADDED) for kind in _KINDS),
+    *(case(f"{kind}_padded_state", 4, 14, 2, 5, 6, kind, seq=PADDED, state=True) for kind in _KINDS),
+    *(case(f"{kind}_mixed_groups", 4, 14, 4, 5, 6, kind, seq=MIXED, state=True, groups=(1, 2)) for kind in _KINDS),
+    *(case(f"{kind}_strong", 1, 100, 2, 16, 16, kind, strong=30.0, state=True) for kind in _KINDS[1:]),
+    *(case(f"token_tail_{n}", 1, n, 2, 16, 16, "token") for n in (2, 63, 64, 65, 100)),
+    case("token_wide", 1, 70, 1, 64, 64, "token", state=True),
+    case("token_odd_33", 1, 66, 2, 33, 33, "token", state=True),
+    case("head_wide_state", 1, 70, 2, 130, 20, "head", scale=130**-0.5),
+    case("token_wide_head", 1, 70, 1, 20, 150, "token", state=True),
+    case("head_scale", 1, 40, 2, 16, 16, "head", scale=0.25),
+    case("token_chunk_size", 1, 50, 2, 16, 16, "token", chunk_size=7, state=True),
+    case("channel_chunk_size", 1, 50, 2, 16, 16, "channel", chunk_size=33),
+    case("both_sides", 2, 70, 2, 16, 9, causal=False),
+    case("both_sides_head", 2, 70, 2, 16, 9, "head", causal=False, groups=(1, 1)),
+    case("both_sides_padded", 4, 14, 2, 5, 6, causal=False, seq=PADDED),
+    case("both_sides_mixed", 4, 14, 2, 5, 6, causal=False, seq=MIXED),
+    case("both_sides_head_mixed", 4, 14, 2, 5, 6, "head", causal=False, seq=MIXED),
     _bench("lightning_1x4096x8x64", 4096, 8, 64, 64, "head"),
     _bench("scalar_decay_1x4096x8x64", 4096, 8, 64, 64, "token"),
     _bench("mamba2_130m_1x2048x24", 2048, 24, 128, 64, "token", groups=1),

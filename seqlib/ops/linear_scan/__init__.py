@@ -15,14 +15,24 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "combine", "linear_scan", "summarize"]
 
 _HERE = "seqlib.ops.linear_scan"
+_DTYPES = (torch.float32, torch.bfloat16, torch.complex64)
 IMPLS = (
     Impl(
         "native",
         "chunked",
         f"{_HERE}.native_impl:linear_scan",
         devices=("cpu",),
-        dtypes=(torch.float32, torch.bfloat16, torch.complex64),
+        dtypes=_DTYPES,
         needs=("native",),
+        refuses=frozenset({"mixed precision", "float16"}),
+    ),
+    Impl(
+        "native",
+        "chunked",
+        f"{_HERE}.native_impl:linear_scan",
+        devices=("cuda",),
+        dtypes=(*_DTYPES, torch.float16),
+        needs=("native:cuda",),
         refuses=frozenset({"mixed precision"}),
     ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:linear_scan"),
@@ -33,8 +43,9 @@ IMPLS = (
 def facts(a: Tensor, b: Tensor, *, initial_state: Tensor | None = None, **_: Any) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, initial_state))
     dtype = torch.promote_types(a.dtype, b.dtype) if a.is_complex() else b.dtype
-    odd = any(t.dtype in (torch.float16, torch.float64, torch.complex32) for t in (a, b))
-    return Facts(b.device.type, dtype, b.shape[1], needs_grad, frozenset({"mixed precision"} if odd else ()))
+    odd = {torch.float16: "float16"} | dict.fromkeys((torch.float64, torch.complex32), "mixed precision")
+    features = frozenset(odd[t.dtype] for t in (a, b) if t.dtype in odd)
+    return Facts(b.device.type, dtype, b.shape[1], needs_grad, features)
 
 
 OP = Op("linear_scan", IMPLS, facts, "linear_scan")

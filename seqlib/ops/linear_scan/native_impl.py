@@ -1,4 +1,4 @@
-"""The linear recurrence by the compiled CPU kernel."""
+"""The linear recurrence by the compiled kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def linear_scan(
     if initial_state is not None:
         initial_state = initial_state.to(torch.cfloat if b.is_complex() else torch.float32)
         initial_state = initial_state.reshape(shape[0], -1)
-    spans = None if seq is None else seq.spans
+    spans = None if seq is None else seq.plan(b.device)
     h, final = _forward(a, b.reshape(*shape[:2], -1), initial_state, spans, reverse)
     return h.reshape(shape), final.reshape(shape[0], *shape[2:])
 

@@ -205,7 +205,7 @@ def step(
     if not isinstance(state, PathState) or (log_decay is None) != (state.log_decay is None):
         raise UnsupportedInput("step takes a PathState, with decays if log_decay is given and only then")
     filled: int | None = None
-    if state.length.device.type == "cpu":
+    if state.length.device.type == "cpu" and not torch.compiler.is_compiling():
         filled = int(state.length.max()) + 1
         if filled > capacity:
             raise UnsupportedInput(f"the cache holds {capacity} tokens and is full; make room with state.reserve(...)")

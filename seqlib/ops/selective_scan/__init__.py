@@ -17,38 +17,80 @@ __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "selective_scan", "st
 _HERE = "seqlib.ops.selective_scan"
 
 
-def _native(form: str, function: str) -> Impl:
-    return Impl(
-        "native",
-        form,
-        f"{_HERE}.native_impl:{function}",
-        devices=("cpu",),
-        dtypes=(torch.float32, torch.bfloat16),
-        needs=("native",),
-        refuses=frozenset({"complex A", "constant B or C", "float16 or float64 B or C"}),
+_CUDA_STATES = 256
+_UNSUPPORTED = frozenset({"complex A", "constant B or C", "float64 B or C"})
+
+
+def _narrow(facts: Facts) -> str | None:
+    d_state = facts.size("d_state")
+    return None if d_state <= _CUDA_STATES else f"d_state is {d_state}; it takes up to {_CUDA_STATES}"
+
+
+def _native(form: str, function: str) -> tuple[Impl, Impl]:
+    target = f"{_HERE}.native_impl:{function}"
+    dtypes = (torch.float32, torch.bfloat16)
+    return (
+        Impl(
+            "native",
+            form,
+            target,
+            devices=("cpu",),
+            dtypes=dtypes,
+            needs=("native",),
+            refuses=_UNSUPPORTED | {"float16 B or C"},
+        ),
+        Impl(
+            "native",
+            form,
+            target,
+            devices=("cuda",),
+            dtypes=(*dtypes, torch.float16),
+            needs=("native:cuda",),
+            limits=_narrow,
+            refuses=_UNSUPPORTED,
+        ),
     )
 
 
 IMPLS = (
-    _native("chunked", "chunked"),
-    Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
+    *_native("chunked", "chunked"),
+    Impl(
+        "vendor",
+        "chunked",
+        f"{_HERE}.vendor_impl:chunked",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("mamba_ssm",),
+        limits=_narrow,
+        refuses=_UNSUPPORTED | {"initial_state", "packed", "padded"},
+        by_name_only=True,
+    ),
+    Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked", loops=True),
     Impl("reference", "reference", f"{_HERE}.reference:selective_scan"),
 )
 STEP_IMPLS = (
-    _native("recurrent", "step"),
+    *_native("recurrent", "step"),
     Impl("torch", "recurrent", f"{_HERE}.torch_impl:step"),
 )
 
 
-def facts(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Facts:
+def facts(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, seq: SequenceInfo | None = None, **options: Any
+) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in (x, dt, A, B, C, *options.values())
     )
     features = {"complex A"} if A.is_complex() else set()
     if x.dim() == 3 and 2 in (B.dim(), C.dim()):
         features.add("constant B or C")
-    if any(t.dtype in (torch.float16, torch.float64) for t in (B, C)):
-        features.add("float16 or float64 B or C")
+    odd = {torch.float16: "float16 B or C", torch.float64: "float64 B or C"}
+    features |= {odd[t.dtype] for t in (B, C) if t.dtype in odd}
+    used = {
+        "initial_state": options.get("initial_state") is not None,
+        "packed": seq is not None and seq.starts is not None,
+        "padded": seq is not None and seq.padding_mask is not None,
+    }
+    features |= {name for name, on in used.items() if on}
     seqlen = x.shape[1] if x.dim() == 3 else 1
     return Facts(x.device.type, x.dtype, seqlen, needs_grad, frozenset(features), (("d_state", A.shape[-1]),))
 
@@ -114,7 +156,7 @@ def selective_scan(
     if seq is not None:
         seq.check(batch, seqlen)
     options = {"D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
-    run = OP.choose(facts(x, dt, A, B, C, **options), form, backend)
+    run = OP.choose(facts(x, dt, A, B, C, seq=seq, **options), form, backend)
     return run(x, dt, A, B, C, dt_softplus=dt_softplus, seq=seq, **options)
 
 

@@ -1,4 +1,4 @@
-"""The selective scan by the compiled CPU kernels."""
+"""The selective scan by the compiled kernels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     given = (x, dt, A, B, C, D, z, dt_bias, initial_state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    return _forward(*given, None if seq is None else seq.spans, dt_softplus, keep)[:2]
+    return _forward(*given, None if seq is None else seq.plan(x.device), dt_softplus, keep)[:2]
 
 
 def step(
@@ -67,18 +67,21 @@ def _fake(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     slots: int | torch.SymInt = 0
-    if keep and spans is None:
+    kept = (A.shape[1], A.shape[0])
+    if x.device.type == "cuda":
+        slots, kept = x.shape[0] * -(-x.shape[1] // _TILE) if keep else 0, (A.shape[0], A.shape[1])
+    elif keep and spans is None:
         slots = x.shape[0] * ((x.shape[1] + _TILE - 1) // _TILE - 1)
     elif keep:
         slots = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty(x.shape),
         x.new_empty((x.shape[0], *A.shape), dtype=torch.float32),
-        x.new_empty((slots, A.shape[1], A.shape[0]), dtype=torch.float32),
+        x.new_empty((slots, *kept), dtype=torch.float32),
     )
 
 
-_TILE = 32  # kScanTile of kernels/cpu/selective_scan.h
+_TILE = 32  # kScanTile of kernels/cpu/selective_scan.h and kScanCheckpoint of kernels/cuda/selective_scan.h
 
 
 @torch.library.register_fake("seqlib::selective_scan_bwd")

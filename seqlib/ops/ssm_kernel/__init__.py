@@ -36,7 +36,9 @@ __all__ = [
 ]
 
 _HERE = "seqlib.ops.ssm_kernel"
+_CUDA: dict[str, Any] = {"devices": ("cuda",), "dtypes": (torch.float32,), "needs": ("native:cuda",)}
 IMPLS = (
+    Impl("native", "parallel", f"{_HERE}.cuda_impl:diag", **_CUDA),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:diag"),
     Impl("reference", "reference", f"{_HERE}.reference:diag"),
 )
@@ -57,6 +59,7 @@ DPLR_IMPLS = (
         needs=("native",),
         limits=_rank_one,
     ),
+    Impl("native", "parallel", f"{_HERE}.cuda_impl:dplr", **_CUDA),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:dplr"),
     Impl("reference", "reference", f"{_HERE}.reference:dplr"),
 )

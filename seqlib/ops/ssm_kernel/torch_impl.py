@@ -3,35 +3,70 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from seqlib.ops.ssm_kernel.discretize import discretize
 
-__all__ = ["block_size", "diag", "dplr", "powers", "real_pairs", "to_kernel"]
+__all__ = ["block_size", "cauchy", "diag", "dplr", "powers", "real_pairs", "to_kernel", "vandermonde", "weights"]
 
 
 def diag(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, discretization: str) -> Tensor:
-    """With l = a T + b, decay^l = (decay^T)^a decay^b: a table of coarse powers times one of T fine ones."""
     high = torch.float64 if dt.dtype == torch.float64 else torch.float32
     with torch.autocast(dt.device.type, enabled=False):
-        log_decay, B_bar = discretize(A, B, dt, discretization)
-        size = block_size(length)
-        count = -(-length // size)
-        d, n = log_decay.shape
-        lead = C.shape[:-2]
-        weight = (C * B_bar).reshape(-1, d, n).transpose(0, 1)  # d c n
-        weight = weight * (2 if A.is_complex() else 1)
-        coarse = powers(log_decay, high, count, step=size)  # d a n
-        fine = powers(log_decay, high, size)
-        left = (weight.to(coarse.dtype)[:, :, None] * coarse[:, None]).flatten(1, 2)  # d ca n
-        kernel = real_pairs(left) @ real_pairs(fine, conjugate=True).mT
-        kernel = kernel.view(d, -1, count * size)[..., :length]
-        return kernel.transpose(0, 1).reshape(*lead, d, length)
+        log_decay, weight = weights(A, B, C, dt, discretization)
+        kernel = vandermonde(log_decay, weight, length, high)
+        return kernel.transpose(0, 1).reshape(*C.shape[:-2], C.shape[-2], length)
 
 
-def dplr(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, l_kernel: int) -> Tensor:
+def weights(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, discretization: str) -> tuple[Tensor, Tensor]:
+    """log_decay (d, n) and the factor of its powers in the kernel (d, c, n), in float64."""
+    log_decay, B_bar = discretize(A, B, dt, discretization)
+    weight = (C * B_bar).reshape(-1, *log_decay.shape).transpose(0, 1)
+    return log_decay, weight * (2 if A.is_complex() else 1)
+
+
+def vandermonde(log_decay: Tensor, weight: Tensor, length: int, high: torch.dtype) -> Tensor:
+    """Re sum_n weight_n exp(l log_decay_n), l < length: (d, c, length).
+
+    With l = a T + b, decay^l = (decay^T)^a decay^b: a table of coarse powers times one of T fine ones.
+    """
+    size = block_size(length)
+    count = -(-length // size)
+    coarse = powers(log_decay, high, count, step=size)  # d a n
+    fine = powers(log_decay, high, size)
+    left = (weight.to(coarse.dtype)[:, :, None] * coarse[:, None]).flatten(1, 2)  # d ca n
+    kernel = real_pairs(left) @ real_pairs(fine, conjugate=True).mT
+    return kernel.view(len(kernel), -1, count * size)[..., :length]
+
+
+# (numerators (d, m, n), alpha (d, n), sin, cos, l_kernel) -> (d, m, 2, k), see `cauchy`.
+Sums = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def cauchy(numerators: Tensor, alpha: Tensor, sin: Tensor, cos: Tensor, l_kernel: int) -> Tensor:
+    """sum_n numerators / (cos^2 |alpha|^2 - 4 sin^2 - 4i sin cos Re alpha), real and imaginary part."""
+    square = (alpha.real.square() + alpha.imag.square())[..., None]
+    re = square * (cos * cos) - 4 * (sin * sin)  # d n k
+    im = -4 * alpha.real[..., None] * (sin * cos)
+    norm = re * re + im * im
+    inverse = torch.cat([re / norm, -im / norm], -1)
+    return (numerators @ inverse).unflatten(-1, (2, -1))
+
+
+def dplr(
+    A: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    length: int,
+    *,
+    l_kernel: int,
+    cauchy: Sums = cauchy,
+) -> Tensor:
     """The truncated generating function at the roots of unity w = e^(-2i theta), theta = pi k / l_kernel.
 
     Each sum over conjugate pairs of v / (1 - w - (1 + w) alpha/2), alpha = dt A, is
@@ -53,12 +88,8 @@ def dplr(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *,
 
         theta = torch.arange(l_kernel // 2 + 1, device=dt.device, dtype=torch.float64) * (math.pi / l_kernel)
         sin, cos = torch.sin(theta).to(high), torch.cos(theta).to(high)
-        square = (alpha.real.square() + alpha.imag.square())[..., None]
-        re = square * (cos * cos) - 4 * (sin * sin)  # d n k
-        im = -4 * alpha.real[..., None] * (sin * cos)
-        norm = re * re + im * im
-        inverse = torch.cat([re / norm, -im / norm], -1)
-        sums = (numerators @ inverse).view(d, 2, left.shape[1], 1 + rank, 2, -1)  # d part left right re/im k
+        sums = cauchy(numerators, alpha, sin, cos, l_kernel)
+        sums = sums.view(d, 2, left.shape[1], 1 + rank, 2, -1)  # d part left right re/im k
         p, q = (torch.complex(sums[:, i, ..., 0, :], sums[:, i, ..., 1, :]) for i in (0, 1))
         turn = torch.complex(cos, sin)
         s = turn * (4j * sin * p - 2 * cos * q)  # d left right k

@@ -1,0 +1,356 @@
+// The short convolution: a warp walks 32 positions of 128 channels with its window in registers; no shared memory forward.
+//
+// Backward it walks the same way: the gradients of the inputs in the window wait in registers until the last output that
+// they reach is done, which for the end of the walk takes width - 1 further tokens of the document.
+#include "causal_conv1d.h"
+
+#include "launch.h"
+
+namespace seqlib {
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / 32, V = 4;  // neighbouring channels of a lane
+constexpr int kSteps = conv_positions / kWarps;
+
+// A warp: a row, positions [begin, end) and the channels of this lane.
+struct Walk {
+  int64_t row, block, begin, end, channel;
+  int valid;
+
+  template <class Args>
+  SEQLIB_DEVICE explicit Walk(const Args& a) {
+    const int64_t across = (a.d + conv_channels - 1) / conv_channels, along = (a.seqlen + conv_positions - 1) / conv_positions;
+    channel = block_index() % across * conv_channels + thread_index() % 32 * V;
+    block = block_index() / across;
+    row = block / along;
+    begin = block % along * conv_positions + thread_index() / 32 * kSteps;
+    end = begin + kSteps < a.seqlen ? begin + kSteps : a.seqlen;
+    const int64_t left = a.d - channel;
+    valid = left < 0 ? 0 : left < V ? static_cast<int>(left) : V;
+  }
+};
+
+SEQLIB_DEVICE int32_t before(const ConvArgs& a, int64_t row, int64_t t) {
+  return a.links ? a.links[row * (a.seqlen + 1) + t] : static_cast<int32_t>(t) - 1;
+}
+// The first real token of a walk, or its end; the end of the row for walks beyond it.
+SEQLIB_DEVICE int64_t first_real(const ConvArgs& a, const Walk& w) {
+  int64_t t = w.begin < a.seqlen ? w.begin : a.seqlen;
+  while (t < w.end && before(a, w.row, t) == link_pad) ++t;
+  return t;
+}
+SEQLIB_DEVICE int32_t after(const ConvArgs& a, int64_t row, int64_t t) {
+  if (a.links) return a.links[(a.batch + row) * (a.seqlen + 1) + t];
+  return t + 1 < a.seqlen ? static_cast<int32_t>(t) + 1 : link_none;
+}
+SEQLIB_DEVICE int64_t at(const View& v, const Walk& w, int64_t t) { return w.row * v.batch + t * v.row + w.channel; }
+
+SEQLIB_DEVICE void clear(float (&v)[V]) {
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) v[i] = 0.0f;
+}
+
+template <int W>
+SEQLIB_DEVICE void shift(float (&window)[W][V], const float (&newest)[V]) {
+  SEQLIB_UNROLL
+  for (int k = 0; k + 1 < W; ++k) {
+    SEQLIB_UNROLL
+    for (int i = 0; i < V; ++i) window[k][i] = window[k + 1][i];
+  }
+  SEQLIB_UNROLL
+  for (int i = 0; i < V; ++i) window[W - 1][i] = newest[i];
+}
+
+// Slot of the initial state as a place in a window, beside positions and the links that name no place.
+constexpr int32_t kNowhere = link_pad, kSlots = -16;
+
+// The places of the W inputs before the real token t, or before the end of the row, oldest first.
+template <int W>
+SEQLIB_DEVICE void places_before(const ConvArgs& a, int64_t row, int64_t t, int32_t (&place)[W]) {
+  int32_t link = before(a, row, t);
+  int slot = a.width - 2;
+  SEQLIB_UNROLL
+  for (int k = W - 1; k >= 0; --k) {
+    place[k] = link >= 0 ? link : link == link_none && slot >= 0 ? kSlots - slot : kNowhere;
+    if (link >= 0) link = before(a, row, link);
+    else --slot;
+  }
+}
+
+SEQLIB_DEVICE void load_place(const ConvArgs& a, const Walk& w, int32_t place, float (&v)[V]) {
+  clear(v);
+  if (place >= 0) load<V>(a.x.data, a.x.dtype, at(a.x, w, place), w.valid, v);
+  if (place <= kSlots && a.state)
+    load<V>(a.state, a.x.dtype, (w.row * (a.width - 1) + (kSlots - place)) * a.d + w.channel, w.valid, v);
+}
+
+// Taps with zeros in front where the kernel is narrower than W.
+template <int W, class Args>
+SEQLIB_DEVICE void load_taps(const Args& a, const Walk& w, float (&tap)[W][V], float (&bias)[V]) {
+  SEQLIB_UNROLL
+  for (int k = 0; k < W; ++k) {
+    clear(tap[k]);
+    if (k >= W - a.width) load<V>(a.weight + (k - (W - a.width)) * a.d + w.channel, w.valid, tap[k]);
+  }
+  clear(bias);
+  if (a.bias) load<V>(a.bias + w.channel, w.valid, bias);
+}
+
+// bias + sum of taps times the window, the newest input apart. Inputs that no tap reaches may be infinite.
+template <int W>
+SEQLIB_DEVICE float sum_taps(const float (&tap)[W][V], const float (&past)[W - 1][V], float newest, float bias, int i, int width) {
+  float sum = bias + tap[W - 1][i] * newest;
+  SEQLIB_UNROLL
+  for (int k = 0; k + 1 < W; ++k) sum += k >= W - width ? tap[k][i] * past[k][i] : 0.0f;
+  return sum;
+}
+
+template <int W>
+SEQLIB_GLOBAL(kThreads, W <= 4 ? 4 : 2) conv_forward(const ConvArgs a) {
+  const Walk w(a);
+  float tap[W][V], bias[V], past[W - 1][V];
+  load_taps<W>(a, w, tap, bias);
+  int32_t place[W - 1];
+  places_before(a, w.row, first_real(a, w), place);
+  SEQLIB_UNROLL
+  for (int k = 0; k + 1 < W; ++k) load_place(a, w, place[k], past[k]);
+  for (int64_t first = w.begin; first < w.end; first += 8) {
+    float x[8][V];  // in flight together
+    SEQLIB_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      load<V>(a.x.data, a.x.dtype, at(a.x, w, first + j), first + j < w.end ? w.valid : 0, x[j]);
+    }
+    SEQLIB_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      const int64_t t = first + j;
+      const int32_t link = t < w.end ? before(a, w.row, t) : link_pad;
+      float y[V] = {};
+      if (link != link_pad) {
+        if (link == link_fresh) {
+          SEQLIB_UNROLL
+          for (int k = 0; k + 1 < W; ++k) clear(past[k]);
+        }
+        SEQLIB_UNROLL
+        for (int i = 0; i < V; ++i) {
+          const float sum = sum_taps<W>(tap, past, x[j][i], bias[i], i, a.width);
+          y[i] = a.silu ? silu(sum) : sum;
+        }
+        shift(past, x[j]);
+      }
+      if (t < w.end) store<V>(a.y, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, w.valid, y);
+    }
+  }
+  if (w.begin < a.seqlen && w.end == a.seqlen) {
+    places_before(a, w.row, a.seqlen, place);
+    SEQLIB_UNROLL
+    for (int k = 0; k + 1 < W; ++k) {
+      const int slot = k - (W - a.width);
+      float v[V];
+      load_place(a, w, place[k], v);
+      if (slot >= 0) store<V>(a.final, a.x.dtype, (w.row * (a.width - 1) + slot) * a.d + w.channel, w.valid, v);
+    }
+  }
+}
+
+template <int W>
+struct Gradient {
+  float tap[W][V], bias[V], past[W - 1][V], waiting[W - 1][V], dtap[W + 1][V];
+  int32_t place[W - 1];  // of the inputs whose gradients wait; kNowhere if another warp writes them
+
+  SEQLIB_DEVICE void release(const ConvArgs& a, const Walk& w, int32_t to, const float (&v)[V]) {
+    if (to >= 0) store<V>(a.dx, a.x.dtype, (w.row * a.seqlen + to) * a.d + w.channel, w.valid, v);
+    if (to <= kSlots && a.dstate)
+      store<V>(a.dstate, a.x.dtype, (w.row * (a.width - 1) + (kSlots - to)) * a.d + w.channel, w.valid, v);
+  }
+
+  SEQLIB_DEVICE void release_all(const ConvArgs& a, const Walk& w) {
+    SEQLIB_UNROLL
+    for (int k = 0; k + 1 < W; ++k) {
+      release(a, w, place[k], waiting[k]);
+      clear(past[k]);
+      clear(waiting[k]);
+      place[k] = kNowhere;
+    }
+  }
+
+  SEQLIB_DEVICE void begin(const ConvArgs& a, const Walk& w, int64_t t) {
+    places_before(a, w.row, t, place);
+    SEQLIB_UNROLL
+    for (int k = 0; k + 1 < W; ++k) {
+      load_place(a, w, place[k], past[k]);
+      clear(waiting[k]);
+      // Inputs before this walk are another warp's, and the initial state is of the one with the row's first token.
+      if (place[k] >= 0 || before(a, w.row, t) != link_none) place[k] = kNowhere;
+    }
+  }
+
+  // One real token; `own` is false beyond the end of the walk, where only gradients of earlier inputs are completed.
+  SEQLIB_DEVICE void step(const ConvArgs& a, const Walk& w, int64_t t, const float (&x)[V], const float (&dy)[V], bool own) {
+    float newest[V];
+    SEQLIB_UNROLL
+    for (int i = 0; i < V; ++i) {
+      const float sum = sum_taps<W>(tap, past, x[i], bias[i], i, a.width);
+      const float gate = sigmoid(sum), slope = sum < -80.0f ? 0.0f : gate * (1.0f + sum * (1.0f - gate));
+      const float d = a.silu ? dy[i] * slope : dy[i];
+      SEQLIB_UNROLL
+      for (int k = 0; k + 1 < W; ++k) {
+        waiting[k][i] += tap[k][i] * d;
+        dtap[k][i] += own && k >= W - a.width ? past[k][i] * d : 0.0f;
+      }
+      dtap[W - 1][i] += own ? x[i] * d : 0.0f;
+      dtap[W][i] += own ? d : 0.0f;
+      newest[i] = tap[W - 1][i] * d;
+    }
+    release(a, w, place[0], waiting[0]);
+    shift(past, x);
+    shift(waiting, newest);
+    SEQLIB_UNROLL
+    for (int k = 0; k + 2 < W; ++k) place[k] = place[k + 1];
+    place[W - 2] = own ? static_cast<int32_t>(t) : kNowhere;
+  }
+};
+
+template <int W>
+SEQLIB_GLOBAL(kThreads, 2) conv_backward(const ConvArgs a) {
+  const Walk w(a);
+  Gradient<W> g;
+  load_taps<W>(a, w, g.tap, g.bias);
+  SEQLIB_UNROLL
+  for (int k = 0; k <= W; ++k) clear(g.dtap[k]);
+  int64_t last = first_real(a, w);
+  if (last < w.end) g.begin(a, w, last);
+  for (int64_t first = w.begin; first < w.end; first += 4) {
+    float x[4][V], dy[4][V];  // in flight together
+    SEQLIB_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int valid = first + j < w.end ? w.valid : 0;
+      load<V>(a.x.data, a.x.dtype, at(a.x, w, first + j), valid, x[j]);
+      load<V>(a.dy.data, a.dy.dtype, at(a.dy, w, first + j), valid, dy[j]);
+    }
+    SEQLIB_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int64_t t = first + j;
+      const int32_t link = t < w.end ? before(a, w.row, t) : link_pad;
+      if (link != link_pad) {
+        if (link == link_fresh) g.release_all(a, w);
+        g.step(a, w, t, x[j], dy[j], true);
+        last = t;
+      } else if (t < w.end) {
+        const float zero[V] = {};
+        store<V>(a.dx, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, w.valid, zero);
+      }
+    }
+  }
+  if (last < w.end) {
+    int32_t t = after(a, w.row, last);
+    for (int k = 1; k < a.width && t >= 0; ++k) {
+      float x[V], dy[V];
+      load<V>(a.x.data, a.x.dtype, at(a.x, w, t), w.valid, x);
+      load<V>(a.dy.data, a.dy.dtype, at(a.dy, w, t), w.valid, dy);
+      g.step(a, w, t, x, dy, false);
+      t = after(a, w.row, t);
+    }
+    g.release_all(a, w);
+  }
+
+  auto sums = shared_memory<float[W + 1][conv_channels]>();  // of each warp
+  SEQLIB_UNROLL
+  for (int k = 0; k <= W; ++k) store<V>(&sums[thread_index() / 32][k][thread_index() % 32 * V], V, g.dtap[k]);
+  sync_block();
+  const int64_t channel = w.channel - thread_index() % 32 * V + thread_index();
+  SEQLIB_UNROLL
+  for (int k = 0; k <= W; ++k) {
+    const int row = k - (W - a.width);
+    float sum = 0.0f;
+    SEQLIB_UNROLL
+    for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][k][thread_index()];
+    if (row >= 0 && channel < a.d) a.partial[(w.block * (a.width + 1) + row) * a.d + channel] = sum;
+  }
+}
+
+// Adds the gradient of the final state to the inputs that it holds; one thread for four channels of a row.
+template <int W>
+SEQLIB_GLOBAL(32, 1) conv_backward_final(const ConvArgs a) {
+  const int64_t across = (a.d + conv_channels - 1) / conv_channels;
+  Walk w(a);
+  w.row = block_index() / across;
+  int32_t place[W - 1];
+  places_before(a, w.row, a.seqlen, place);
+  SEQLIB_UNROLL
+  for (int k = 0; k + 1 < W; ++k) {
+    const int slot = k - (W - a.width);
+    if (slot >= 0 && (place[k] >= 0 || (place[k] <= kSlots && a.dstate))) {
+      void* to = place[k] >= 0 ? a.dx : a.dstate;
+      const int64_t row = place[k] >= 0 ? w.row * a.seqlen + place[k] : w.row * (a.width - 1) + (kSlots - place[k]);
+      float d[V], v[V];
+      load<V>(a.dfinal, a.x.dtype, (w.row * (a.width - 1) + slot) * a.d + w.channel, w.valid, d);
+      load<V>(to, a.x.dtype, row * a.d + w.channel, w.valid, v);
+      SEQLIB_UNROLL
+      for (int i = 0; i < V; ++i) v[i] += d[i];
+      store<V>(to, a.x.dtype, row * a.d + w.channel, w.valid, v);
+    }
+  }
+}
+
+template <int W>
+SEQLIB_GLOBAL(kThreads, 4) conv_step(const ConvStepArgs a) {
+  const int64_t across = (a.d + V - 1) / V, i = block_index() * kThreads + thread_index();
+  const int64_t row = i / across, channel = i % across * V;
+  const int valid = row < a.batch ? static_cast<int>(a.d - channel < V ? a.d - channel : V) : 0;
+  if (valid) {
+    float x[V], y[V], v[V];
+    load<V>(a.x.data, a.x.dtype, row * a.x.batch + channel, valid, x);
+    clear(y);
+    if (a.bias) load<V>(a.bias + channel, valid, y);
+    SEQLIB_UNROLL
+    for (int k = 0; k < W; ++k) {
+      if (k < a.width) {
+        const int64_t to = (row * (a.width - 1) + k) * a.d + channel;
+        float tap[V];
+        load<V>(a.weight + k * a.d + channel, valid, tap);
+        SEQLIB_UNROLL
+        for (int j = 0; j < V; ++j) v[j] = x[j];
+        if (k + 1 < a.width) load<V>(a.state, a.x.dtype, to, valid, v);
+        if (k > 0) store<V>(a.state, a.x.dtype, to - a.d, valid, v);
+        SEQLIB_UNROLL
+        for (int j = 0; j < V; ++j) y[j] += tap[j] * v[j];
+      }
+    }
+    SEQLIB_UNROLL
+    for (int j = 0; j < V; ++j) y[j] = a.silu ? silu(y[j]) : y[j];
+    store<V>(a.y, a.x.dtype, row * a.d + channel, valid, y);
+  }
+}
+
+template <int W>
+void forward(const ConvArgs& a, int64_t blocks, Stream stream) {
+  launch(conv_forward<W>, blocks, kThreads, 0, stream, a);
+}
+
+template <int W>
+void backward(const ConvArgs& a, int64_t blocks, Stream stream) {
+  launch(conv_backward<W>, blocks, kThreads, sizeof(float[kWarps][W + 1][conv_channels]), stream, a);
+  const int64_t across = (a.d + conv_channels - 1) / conv_channels;
+  if (a.dfinal && a.width > 1) launch(conv_backward_final<W>, a.batch * across, 32, 0, stream, a);
+}
+
+int64_t blocks(const ConvArgs& a) {
+  return a.batch * ((a.seqlen + conv_positions - 1) / conv_positions) * ((a.d + conv_channels - 1) / conv_channels);
+}
+
+}  // namespace
+
+void start_causal_conv1d_fwd(const ConvArgs& a, Stream stream) {
+  return a.width <= 4 ? forward<4>(a, blocks(a), stream) : forward<8>(a, blocks(a), stream);
+}
+
+void start_causal_conv1d_bwd(const ConvArgs& a, Stream stream) {
+  return a.width <= 4 ? backward<4>(a, blocks(a), stream) : backward<8>(a, blocks(a), stream);
+}
+
+void start_causal_conv1d_step(const ConvStepArgs& a, Stream stream) {
+  const int64_t vectors = a.batch * ((a.d + V - 1) / V);
+  launch(conv_step<conv_max_width>, (vectors + kThreads - 1) / kThreads, kThreads, 0, stream, a);
+}
+
+}  // namespace seqlib

@@ -1,0 +1,257 @@
+// What kernels are written in: one vocabulary for the device and for its emulation on the host (emulate.h). Kernel files
+// see no torch header, so that they compile quickly and for any torch.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef SEQLIB_EMULATED
+#include "emulate.h"
+#define SEQLIB_DEVICE inline
+#define SEQLIB_GLOBAL(threads, blocks_per_sm) void
+#define SEQLIB_UNROLL
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define SEQLIB_DEVICE __device__ __forceinline__
+#define SEQLIB_GLOBAL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
+#define SEQLIB_UNROLL _Pragma("unroll")
+#endif
+
+#include "view.h"
+
+namespace seqlib {
+namespace {  // every file has its own, so that inlining needs no linker
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+#ifdef SEQLIB_EMULATED
+
+SEQLIB_DEVICE int64_t block_index() { return emulation::machine().block; }
+SEQLIB_DEVICE int64_t block_count() { return emulation::machine().blocks; }
+SEQLIB_DEVICE int thread_index() { return emulation::machine().thread; }
+SEQLIB_DEVICE void sync_block() { emulation::machine().wait(emulation::Wait::block); }
+SEQLIB_DEVICE void sync_warp() { emulation::machine().wait(emulation::Wait::warp); }
+template <class T>
+SEQLIB_DEVICE T shuffle_xor(T v, int mask) {
+  return emulation::machine().exchange(v, (thread_index() % 32) ^ mask);
+}
+template <class T>
+SEQLIB_DEVICE T shuffle_up(T v, int distance) {
+  const int lane = thread_index() % 32;
+  return emulation::machine().exchange(v, lane < distance ? lane : lane - distance);
+}
+SEQLIB_DEVICE uint32_t ballot(bool set) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(shuffle_xor<int>(set, lane)) << ((thread_index() % 32) ^ lane);
+  return bits;
+}
+template <class T>
+SEQLIB_DEVICE T* shared_memory() {
+  return reinterpret_cast<T*>(emulation::machine().shared);
+}
+SEQLIB_DEVICE float exp2_fast(float x) { return exp2f(x); }
+SEQLIB_DEVICE float exp_fast(float x) { return expf(x); }
+SEQLIB_DEVICE float divide_fast(float a, float b) { return a / b; }
+SEQLIB_DEVICE void sincos_half_turns(float x, float& sin, float& cos) {
+  sin = static_cast<float>(std::sin(M_PI * x));
+  cos = static_cast<float>(std::cos(M_PI * x));
+}
+SEQLIB_DEVICE float f16_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const float size = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                     : exponent     ? ldexpf(static_cast<float>(1024 + mantissa), exponent - 25)
+                                    : ldexpf(static_cast<float>(mantissa), -24);
+  return bits >> 15 ? -size : size;
+}
+SEQLIB_DEVICE uint16_t float_to_f16(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float size = fabsf(x);
+  if (size != size) return 0x7e00;
+  if (size == 0.0f) return sign;
+  if (size >= 65520.0f) return sign | 0x7c00;
+  int exponent;
+  frexpf(size, &exponent);  // size in [2^(exponent-1), 2^exponent)
+  exponent = exponent < -13 ? -13 : exponent;
+  const auto steps = static_cast<int>(nearbyintf(ldexpf(size, 11 - exponent)));  // carries into the exponent by itself
+  return sign | static_cast<uint16_t>(((exponent + 13) << 10) + steps);
+}
+SEQLIB_DEVICE uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+SEQLIB_DEVICE float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+SEQLIB_DEVICE uint16_t float_to_bf16(float x) {
+  const uint32_t bits = float_bits(x);
+  return static_cast<uint16_t>(x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fc0u);
+}
+
+#else
+
+SEQLIB_DEVICE int64_t block_index() { return blockIdx.x; }
+SEQLIB_DEVICE int64_t block_count() { return gridDim.x; }
+SEQLIB_DEVICE int thread_index() { return threadIdx.x; }
+SEQLIB_DEVICE void sync_block() { __syncthreads(); }
+SEQLIB_DEVICE void sync_warp() { __syncwarp(); }
+template <class T>
+SEQLIB_DEVICE T shuffle_xor(T v, int mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+template <class T>
+SEQLIB_DEVICE T shuffle_up(T v, int distance) {
+  return __shfl_up_sync(0xffffffffu, v, distance);
+}
+SEQLIB_DEVICE uint32_t ballot(bool set) { return __ballot_sync(0xffffffffu, set); }
+template <class T>
+SEQLIB_DEVICE T* shared_memory() {
+  extern __shared__ float4 seqlib_shared[];
+  return reinterpret_cast<T*>(seqlib_shared);
+}
+SEQLIB_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SEQLIB_DEVICE float exp_fast(float x) { return __expf(x); }
+SEQLIB_DEVICE float divide_fast(float a, float b) { return __fdividef(a, b); }
+SEQLIB_DEVICE void sincos_half_turns(float x, float& sin, float& cos) { sincospif(x, &sin, &cos); }
+SEQLIB_DEVICE float f16_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+SEQLIB_DEVICE uint16_t float_to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+SEQLIB_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+SEQLIB_DEVICE uint16_t float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+SEQLIB_DEVICE float to_float(float x) { return x; }
+SEQLIB_DEVICE float to_float(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+SEQLIB_DEVICE float to_float(f16 x) { return f16_to_float(x.bits); }
+template <class T>
+SEQLIB_DEVICE T from_float(float x);
+template <>
+SEQLIB_DEVICE float from_float<float>(float x) {
+  return x;
+}
+template <>
+SEQLIB_DEVICE bf16 from_float<bf16>(float x) {
+  return {float_to_bf16(x)};
+}
+template <>
+SEQLIB_DEVICE f16 from_float<f16>(float x) {
+  return {float_to_f16(x)};
+}
+
+constexpr SEQLIB_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+
+// V neighbouring elements in one access of at most 16 bytes each.
+template <class T, int V>
+struct alignas(sizeof(T) * V > 16 ? 16 : sizeof(T) * V) Pack {
+  T v[V];
+};
+
+template <int V, class T>
+SEQLIB_DEVICE bool packed(const T* p, int valid) {
+  return valid >= V && reinterpret_cast<uintptr_t>(p) % alignof(Pack<T, V>) == 0;
+}
+
+// v = p[0 .. V-1], zero from `valid` on.
+template <int V, class T>
+SEQLIB_DEVICE void load(const T* p, int valid, float (&v)[V]) {
+  if (packed<V>(p, valid)) {
+    const auto pack = *reinterpret_cast<const Pack<T, V>*>(p);
+    SEQLIB_UNROLL
+    for (int i = 0; i < V; ++i) v[i] = to_float(pack.v[i]);
+  } else {
+    SEQLIB_UNROLL
+    for (int i = 0; i < V; ++i) v[i] = i < valid ? to_float(p[i]) : 0.0f;
+  }
+}
+
+template <int V, class T>
+SEQLIB_DEVICE void store(T* p, int valid, const float (&v)[V]) {
+  if (packed<V>(p, valid)) {
+    Pack<T, V> pack;
+    SEQLIB_UNROLL
+    for (int i = 0; i < V; ++i) pack.v[i] = from_float<T>(v[i]);
+    *reinterpret_cast<Pack<T, V>*>(p) = pack;
+  } else {
+    SEQLIB_UNROLL
+    for (int i = 0; i < V; ++i) {
+      if (i < valid) p[i] = from_float<T>(v[i]);
+    }
+  }
+}
+
+// The same for a tensor whose dtype is known when it runs: the choice is one for all threads.
+template <int V>
+SEQLIB_DEVICE void load(const void* data, Dtype dtype, int64_t at, int valid, float (&v)[V]) {
+  switch (dtype) {
+    case Dtype::f32: return load<V>(static_cast<const float*>(data) + at, valid, v);
+    case Dtype::bf16: return load<V>(static_cast<const bf16*>(data) + at, valid, v);
+    default: return load<V>(static_cast<const f16*>(data) + at, valid, v);
+  }
+}
+
+template <int V>
+SEQLIB_DEVICE void store(void* data, Dtype dtype, int64_t at, int valid, const float (&v)[V]) {
+  switch (dtype) {
+    case Dtype::f32: return store<V>(static_cast<float*>(data) + at, valid, v);
+    case Dtype::bf16: return store<V>(static_cast<bf16*>(data) + at, valid, v);
+    default: return store<V>(static_cast<f16*>(data) + at, valid, v);
+  }
+}
+
+SEQLIB_DEVICE float load_one(const void* data, Dtype dtype, int64_t at) {
+  float v[1];
+  load<1>(data, dtype, at, 1, v);
+  return v[0];
+}
+
+SEQLIB_DEVICE void store_one(void* data, Dtype dtype, int64_t at, float value) {
+  const float v[1] = {value};
+  store<1>(data, dtype, at, 1, v);
+}
+
+SEQLIB_DEVICE float sigmoid(float x) { return divide_fast(1.0f, 1.0f + exp_fast(-x)); }
+// exp(-x) overflows where silu is 0 anyway.
+SEQLIB_DEVICE float silu(float x) { return x < -80.0f ? 0.0f : x * sigmoid(x); }
+SEQLIB_DEVICE float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+// Sums every v[i] over the `Lanes` lanes whose numbers differ in the bits Stride, 2 Stride, ... Lanes / 2 * Stride, half of
+// the values moving at each step. A lane keeps Count / Lanes sums: those of the elements
+// [place * Count / Lanes, (place + 1) * Count / Lanes), place = lane / Stride % Lanes, at v[0 ..].
+template <int Lanes, int Stride, int Count>
+SEQLIB_DEVICE void transposed_sum(float* v) {
+  static_assert(Count % Lanes == 0);
+  if constexpr (Lanes > 1) {
+    const bool upper = thread_index() & (Lanes / 2 * Stride);
+    SEQLIB_UNROLL
+    for (int i = 0; i < Count / 2; ++i) {
+      const float kept = upper ? v[i + Count / 2] : v[i], given = upper ? v[i] : v[i + Count / 2];
+      v[i] = kept + shuffle_xor(given, Lanes / 2 * Stride);
+    }
+    transposed_sum<Lanes / 2, Stride, Count / 2>(v);
+  }
+}
+
+// The sum over the lanes that differ in those bits, in all of them.
+template <int Lanes, int Stride>
+SEQLIB_DEVICE float lane_sum(float v) {
+  SEQLIB_UNROLL
+  for (int step = Lanes / 2; step > 0; step /= 2) v += shuffle_xor(v, step * Stride);
+  return v;
+}
+
+}  // namespace
+}  // namespace seqlib

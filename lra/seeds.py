@@ -1,0 +1,96 @@
+"""Several runs of one recipe: the plan that `--resume` reads, one run per seed, and their mean."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from seqlib.errors import ConfigError
+from seqlib.hf.runs import override, write_aside
+
+from .recipes import Recipe, find_recipe, layers_of
+from .train import DataSource, train
+
+__all__ = ["configure", "open_plan", "train_seeds", "write_plan"]
+
+
+def write_plan(folder: Path, recipe: Recipe, source: DataSource, seeds: int) -> None:
+    """Write plan.json, from which `--resume` learns what was wanted."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty; continue with --resume {folder}, or give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = {"recipe": recipe.to_dict(), "data": vars(source), "seeds": seeds}
+    write_aside(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
+
+
+def open_plan(folder: Path) -> tuple[Recipe, DataSource, int]:
+    """What `write_plan` wrote.
+
+    Raises:
+        ConfigError: there is no plan, or one of another version.
+    """
+    path = folder / "plan.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no plan.json; give the --output of an earlier train")
+    try:
+        values = json.loads(path.read_text())
+        return Recipe.from_dict(values["recipe"]), DataSource(**values["data"]), int(values["seeds"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error
+
+
+def train_seeds(
+    recipe: Recipe, source: DataSource, folder: Path, seeds: Sequence[int], *, console: Console
+) -> dict[str, Any]:
+    """One run per seed in `folder/seed-N`, and their mean, standard deviation and failures in `folder/summary.json`.
+
+    Finished seeds are kept, an interrupted one goes on and missing ones are run.
+    """
+    results = []
+    for seed in seeds:
+        part = folder / f"seed-{seed}"
+        done = part / "result.json"
+        if done.is_file():
+            results.append(json.loads(done.read_text()))
+            continue
+        begun = (part / "recipe.json").is_file()
+        results.append(train(replace(recipe, seed=seed), source, part, console=console, resume=begun))
+    summary = summarise(results)
+    write_aside(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of results of one recipe."""
+    scores = [result["test"]["accuracy"] for result in results]
+    first = results[0]
+    return {
+        **{key: first[key] for key in ("task", "protocol", "recipe", "mixers", "layer_pattern", "data", "baselines",
+                                       "parameters", "state_bytes", "seqlen")},
+        "seeds": [result["seed"] for result in results],
+        "accuracies": scores,
+        "mean": statistics.fmean(scores),
+        "std": statistics.stdev(scores) if len(scores) > 1 else None,
+        "failed_seeds": [result["seed"] for result in results if result["failed"]],
+        "n": first["test"]["n"],
+        "interval": first["test"]["interval"] if len(results) == 1 else None,
+        "steps": [result["steps"] for result in results],
+        "seconds": sum(result["seconds"] or 0 for result in results),
+    }  # fmt: skip
+
+
+def configure(name: str, task: str, settings: Sequence[str], mixer: str | None, protocol: str | None) -> Recipe:
+    """A recipe by name with what the command line changes."""
+    changes = list(settings)
+    if protocol is not None:
+        changes.append(f"protocol={protocol}")
+    if mixer is not None:
+        layers = {f"m{i or ''}": config for i, config in enumerate(layers_of(mixer))}
+        changes += [f"mixers={json.dumps(layers)}", f"layer_pattern={' '.join(layers)}"]
+    return override(find_recipe(name, task), changes)

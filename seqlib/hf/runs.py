@@ -1,0 +1,93 @@
+"""What applications share about runs: recipes changed by settings, small files that are never found half written."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from seqlib.errors import ConfigError
+
+__all__ = ["override", "read_metrics", "write_aside"]
+
+R = TypeVar("R")
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a small file so that a reader finds the old content or the new one, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, without one that a kill cut off."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def override(recipe: R, settings: Sequence[str]) -> R:
+    """A recipe, any dataclass with a `name`, with `key=value` settings; dots reach into its dicts ("mlp.d_mlp=256").
+
+    Values are read as JSON where they can be and as text otherwise, and must have the type of the field.
+
+    Raises:
+        ConfigError: an unknown field, or a value that does not fit it.
+    """
+    types = {name: kind for name, kind in get_type_hints(type(recipe)).items() if name != "name"}
+    changes: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        name, *path = key.strip().split(".")
+        if not equals or not name:
+            raise ConfigError(f"--set takes key=value, got {setting!r}")
+        if name not in types:
+            near = difflib.get_close_matches(name, types, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(f"a recipe has no field {name!r}; {hint}known: {', '.join(types)}")
+        value = _parse(text.strip())
+        if path:
+            value = _replaced(key, changes.get(name, getattr(recipe, name)), path, value)
+        changes[name] = _fitted(key, types[name], value, text)
+    return dataclasses.replace(recipe, **changes)  # type: ignore[type-var]
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _replaced(key: str, tree: Any, path: list[str], value: Any) -> dict[str, Any]:
+    """A copy of nested dicts with the value at `path` replaced."""
+    if tree is not None and not isinstance(tree, Mapping):
+        raise ConfigError(f"--set {key}: {tree!r} has no parts to set")
+    first, *rest = path
+    parts = dict(tree or {})
+    parts[first] = _replaced(key, parts.get(first), rest, value) if rest else value
+    return parts
+
+
+def _fitted(key: str, kind: Any, value: Any, text: str) -> Any:
+    """The value as the field's type, if it is one."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is str and type(value) in (int, float):
+        return text
+    if kind in (int, float, bool, str):
+        fits, wanted = type(value) is kind, kind.__name__
+    else:
+        fits, wanted = isinstance(value, Mapping) or (value is None and type(None) in get_args(kind)), "a JSON object"
+    if not fits:
+        raise ConfigError(f"--set {key}: {text!r} is not {wanted}")
+    return value

@@ -1,0 +1,96 @@
+"""Runs in a process of its own, whose Triton interprets kernels on CPU tensors: rows for CUDA against the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import os
+from typing import Any
+
+import torch
+
+__all__ = ["equals_reference", "start"]
+
+
+def start() -> None:
+    """Before Triton is imported: kernels are interpreted from here on."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
+    _repair_interpreter()
+
+
+def _repair_interpreter() -> None:
+    """Triton 3.6's interpreter multiplies bfloat16 as integers, rounds to it wrongly, refuses NumPy 2.4 where a loop
+    bound is a tensor, and looks through its whole language again at every call of a function from a function."""
+    from triton.runtime import interpreter
+
+    language = interpreter.tl
+    convert, dot, patch = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot, interpreter._patch_lang
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def as_torch(data: Any) -> torch.Tensor:
+        return torch.from_numpy(data.view("int16").copy()).view(torch.bfloat16)
+
+    def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (language.bfloat16, language.float32):
+            return as_torch(data).float().numpy().view("uint32")
+        if (source, target) == (language.float32, language.bfloat16):
+            rounded = torch.from_numpy(data.view("float32").copy()).bfloat16()
+            return rounded.view(torch.int16).numpy().view("uint16")
+        return convert(data, source, target, rounding)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == language.bfloat16:
+            a, b = (interpreter.TensorHandle(as_torch(t.data).float().numpy(), language.float32) for t in (a, b))
+        return dot(self, a, b, *rest)
+
+    def tensor_patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patched: set[Any] = set()
+
+    class Once:
+        """Patches the language where no caller has done so."""
+
+        def __init__(self, fn: Any) -> None:
+            self.new = {m for m in fn.__globals__.values() if m is language or m is language.core} - patched
+            self.scope = patch(fn) if self.new else None
+            patched.update(self.new)
+
+        def restore(self) -> None:
+            patched.difference_update(self.new)
+            if self.scope is not None:
+                self.scope.restore()
+
+    interpreter._convert_float = convert_float
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = tensor_patch
+    interpreter._patch_lang = Once
+
+
+@functools.cache
+def _op(name: str) -> Any:
+    """The op, with its Triton rows open to the CPU."""
+    op = importlib.import_module(f"seqlib.ops.{name}").OP
+    rows = tuple(dataclasses.replace(i, devices=(), needs=(), gate=None) if i.name == "triton" else i for i in op.impls)
+    object.__setattr__(op, "impls", rows)
+    return op
+
+
+def equals_reference(op_name: str, case_name: str, dtype: torch.dtype) -> str:
+    """Outputs and gradients of the row equal the reference; returns why the row refuses the case, or nothing."""
+    import test_ops
+
+    op = _op(op_name)
+    case = next(c for c in test_ops.CASES[op_name] if c.name == case_name)
+    impl = next(i for i in op.impls if i.name == "triton")
+    inputs = case.inputs(dtype, requires_grad=True)
+    reason = impl.limits and impl.limits(op.facts(**inputs))
+    if reason:
+        return reason
+    test_ops.compare(op, impl, inputs, dtype)
+    return ""

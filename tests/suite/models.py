@@ -1,0 +1,91 @@
+"""Our classes as transformers' own test suites want to see them; runs inside the folder that `run.py` makes."""
+
+from __future__ import annotations
+
+import unittest
+
+import torch
+from transformers.models.auto import modeling_auto
+
+import seqlib.hf
+from seqlib.hf.pair import SeqlibForPairClassification
+
+modeling_auto.MODEL_MAPPING_NAMES["seqlib"] = "SeqlibModel"
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["seqlib"] = "SeqlibForCausalLM"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["seqlib"] = "SeqlibForSequenceClassification"
+modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES["seqlib"] = "SeqlibForPairClassification"
+
+from ...generation.test_utils import GenerationTesterMixin  # noqa: E402
+from ...test_configuration_common import ConfigTester  # noqa: E402
+from ...test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask  # noqa: E402
+
+assert SeqlibForPairClassification.config_class is seqlib.hf.SeqlibConfig
+
+STACKS = {
+    "recurrent": {"mixer": {"kind": "mamba", "d_state": 4}},
+    "hybrid": {
+        "layer_pattern": "m a",
+        "mixers": {"m": {"kind": "mamba2", "d_state": 8, "headdim": 16}, "a": {"kind": "attention", "nheads": 4}},
+        "mlp": {"d_mlp": 48},
+    },
+}
+
+
+class Tester:
+    """Tiny configs and inputs, with the attributes that the suites read."""
+
+    is_training = True
+    batch_size = 13
+    seq_length = 7
+    hidden_size = 32
+    num_hidden_layers = 2
+    num_attention_heads = 4
+    vocab_size = 99
+    num_labels = 3
+    type_sequence_label_size = 2
+
+    def __init__(self, parent: unittest.TestCase, stack: str) -> None:
+        self.parent, self.stack = parent, stack
+
+    def get_config(self) -> seqlib.hf.SeqlibConfig:
+        return seqlib.hf.SeqlibConfig(
+            d_model=self.hidden_size,
+            n_layer=self.num_hidden_layers,
+            vocab_size=self.vocab_size,
+            pad_token_id=98,
+            bos_token_id=97,
+            eos_token_id=96,
+            **STACKS[self.stack],
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[seqlib.hf.SeqlibConfig, dict[str, torch.Tensor]]:
+        shape = [self.batch_size, self.seq_length]
+        inputs = {"input_ids": ids_tensor(shape, self.vocab_size - 3), "attention_mask": random_attention_mask(shape)}
+        return self.get_config(), inputs
+
+
+class _Suite(ModelTesterMixin, GenerationTesterMixin):
+    stack = ""
+    has_attentions = False  # maps of attention are never made
+    all_model_classes = (
+        seqlib.hf.SeqlibModel,
+        seqlib.hf.SeqlibForCausalLM,
+        seqlib.hf.SeqlibForSequenceClassification,
+    )
+
+    def setUp(self) -> None:
+        self.model_tester = Tester(self, self.stack)
+        self.config_tester = ConfigTester(
+            self, config_class=seqlib.hf.SeqlibConfig, common_properties=["hidden_size", "num_hidden_layers"]
+        )
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
+class RecurrentTest(_Suite, unittest.TestCase):
+    stack = "recurrent"
+
+
+class HybridTest(_Suite, unittest.TestCase):
+    stack = "hybrid"
