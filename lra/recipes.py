@@ -144,9 +144,17 @@ _OWN: dict[str, dict[str, dict[str, Any]]] = {
     },
     "far": {
         "copying": {
-            "data": {"seqlen": 2048, "tokens": 4, "hold": 64}, "d_model": 32, "mixers": {"m": {"kind": "s4d"}},
-            "batch_size": 8, "steps": 400, "learning_rate": 1e-2, "warmup_steps": 20, "weight_decay": 0.0,
-            "enough": 0.95, "eval_every": 40, "eval_examples": 64,
+            "data": {"seqlen": 2048, "tokens": 4, "hold": 64},
+            "d_model": 32,
+            "mixers": {"m": {"kind": "s4d"}},
+            "batch_size": 8,
+            "steps": 400,
+            "learning_rate": 1e-2,
+            "warmup_steps": 20,
+            "weight_decay": 0.0,
+            "enough": 0.95,
+            "eval_every": 40,
+            "eval_examples": 64,
         }
     },
     "tiny": {

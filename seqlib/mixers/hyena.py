@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -158,14 +157,18 @@ class Hyena(Mixer[HyenaConfig]):
         mixed, conv = self.conv1d(self.in_proj(x), before, seq)
         backend = self.backend("long_conv")
 
-        def gated(g: Tensor, k: Tensor, v: Tensor, kernel: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        def gated(mixed: Tensor, kernel: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+            g, k, v = mixed.chunk(3, -1)
             y, inputs = long_conv(k * v, kernel, D=self.D, initial_state=past, seq=seq, backend=backend)
             assert inputs is not None
             return g * y, inputs
 
+        given = mixed, self.kernel(), past
         # What is between the gates is made again in the backward pass: one convolution more, two tensors fewer to keep.
-        run = partial(checkpoint, gated, use_reentrant=False, preserve_rng_state=False)
-        y, inputs = (run if torch.is_grad_enabled() else gated)(*mixed.chunk(3, -1), self.kernel(), past)
+        if torch.is_grad_enabled():
+            y, inputs = checkpoint(gated, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, inputs = gated(*given)
         return self.out_proj(y), HyenaState(conv, InputsState(inputs))
 
     def step(self, x: Tensor, state: HyenaState) -> tuple[Tensor, HyenaState]:
