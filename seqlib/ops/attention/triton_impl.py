@@ -22,20 +22,22 @@ __all__ = ["attention_windowed", "gate"]
 
 
 class Plan(NamedTuple):
-    """Queries and keys of a block, num_warps, num_stages."""
+    """(queries of a block, keys of a block, num_warps, num_stages) of both passes."""
 
-    queries: int
-    keys: int
-    warps: int
-    stages: int
+    forward: tuple[int, int, int, int]
+    backward: tuple[int, int, int, int]
 
 
 @functools.cache
 def plans(dtype: torch.dtype, headdim: int, headdim_v: int) -> list[Plan]:
     """Candidates, the one that should be fastest first."""
+    wide = max(headdim, headdim_v) > 64
     if dtype == torch.bfloat16:
-        return [Plan(64, 64, 4, 2), Plan(64, 32, 4, 1)]
-    return [Plan(32, 32, 4, 1), Plan(16, 16, 4, 1)]
+        return [Plan((64, 64, 4, 2), (64, 64, 8 if wide else 4, 2)), Plan((64, 32, 4, 1), (32, 64, 8, 1))]
+    return [
+        Plan((32, 16 if wide else 32, 4, 1), (16, 16, 4, 1) if wide else (32, 32, 4, 1)),
+        Plan((16, 16, 4, 1), (16, 16, 4, 1)),
+    ]
 
 
 def gate(facts: Facts) -> Verdict:
@@ -84,7 +86,7 @@ def forward(
     batch, seqlen, nheads, _ = q.shape
     y = torch.empty(batch, seqlen, nheads, v.shape[3], dtype=q.dtype, device=q.device)
     peaks = torch.empty(batch, seqlen, nheads, dtype=torch.float32, device=q.device)
-    tiles = _tiles(q, v)
+    tiles = _tiles(q, v, "forward")
     common.launch(
         kernels.outputs,
         (batch * nheads * triton.cdiv(seqlen, tiles["BI"]),),
@@ -115,7 +117,7 @@ def gradients(
     wide = q.dtype if k.shape[2] == nheads else torch.float32
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(batch, k.shape[1], nheads, t.shape[3], dtype=wide, device=q.device) for t in (k, v))
-    tiles = _tiles(q, v)
+    tiles = _tiles(q, v, "backward")
     given = (q, k, v, dy, begin, end, peaks, deltas)
     sizes = (*common.leading(q, k, v, dy), *_sizes(q, k, window), scale * math.log2(math.e), scale)
     blocks = triton.cdiv(seqlen, tiles["BI"]), triton.cdiv(k.shape[1], tiles["BJ"])
@@ -128,21 +130,22 @@ def _sizes(q: Tensor, k: Tensor, window: int) -> tuple[int, ...]:
     return q.shape[1], k.shape[1] - q.shape[1], window, q.shape[2], q.shape[2] // k.shape[2]
 
 
-def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
+def _tiles(q: Tensor, v: Tensor, direction: str) -> dict[str, Any]:
     about = q.dtype, q.shape[3], v.shape[3]
     plan = common.chosen(_name(*about, common.capability(q.device)), plans(*about))
+    queries, keys, warps, stages = getattr(plan, direction)
     products = common.products(q.dtype)
     return {
         "N": q.shape[3],
         "P": v.shape[3],
         "BN": common.tile(q.shape[3], 256),
         "BP": common.tile(v.shape[3], 256),
-        "BI": plan.queries,
-        "BJ": plan.keys,
+        "BI": queries,
+        "BJ": keys,
         "DOT": products.dot,
         "PRECISION": products.precision,
-        "num_warps": plan.warps,
-        "num_stages": plan.stages,
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 
