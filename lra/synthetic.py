@@ -105,9 +105,8 @@ def copying(seed: int, n: int, seqlen: int, *, tokens: int = 16, vocab_size: int
     Symbols that are held can be told from a long distance by kernels that see it coarsely.
     """
     part = tokens * hold
-    _need(
-        hold >= 1 and seqlen >= 2 * part, f"copying needs seqlen >= 2 * tokens * hold, got {seqlen=} {tokens=} {hold=}"
-    )
+    _need(hold >= 1, f"copying needs hold >= 1, got {hold=}")
+    _need(seqlen >= 2 * part, f"copying needs seqlen >= 2 * tokens * hold, got {seqlen=} {tokens=} {hold=}")
     short = _copying(seed, n, 2 * tokens, tokens, vocab_size, scattered=False)
     ids, targets = np.zeros((n, seqlen), np.int64), np.full((n, seqlen), IGNORE)
     for long, a in zip((ids, targets), short):
