@@ -1,0 +1,53 @@
+#include "diag_kernel.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "seqlib.h"
+
+namespace seqlib {
+namespace {
+
+void check(const Tensor& t, Scalar dtype, int64_t axes, const char* what) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.dim() == axes && t.is_contiguous(), what);
+}
+
+DiagKernelArgs arguments(const Tensor& log_decay, const Tensor& weight, int64_t length) {
+  check(log_decay, Scalar::ComplexDouble, 2, "log_decay must be complex128 (d, n) and contiguous");
+  check(weight, Scalar::ComplexFloat, 3, "weight must be complex64 (d, c, n) and contiguous");
+  DiagKernelArgs a{};
+  a.log_decay = data<double>(log_decay), a.weight = data<float>(weight);
+  a.c = weight.size(1), a.n = weight.size(2), a.length = length;
+  return a;
+}
+
+int64_t grain(const DiagKernelArgs& a) { return std::max<int64_t>(1, (1 << 18) / (a.n * a.c * a.length)); }
+
+Tensor diag_kernel(const Tensor& log_decay, const Tensor& weight, int64_t length) {
+  DiagKernelArgs a = arguments(log_decay, weight, length);
+  Tensor kernel = empty_f32(weight, {weight.size(0), a.c, length});
+  a.kernel = data<float>(kernel);
+  torch::stable::parallel_for(0, weight.size(0), grain(a),
+                              [&](int64_t begin, int64_t end) { diag_kernel_fwd_for()(a, begin, end); });
+  return kernel;
+}
+
+std::tuple<Tensor, Tensor> diag_kernel_bwd(const Tensor& dkernel_, const Tensor& log_decay, const Tensor& weight) {
+  const Tensor dkernel = torch::stable::contiguous(dkernel_);
+  check_f32(dkernel, "dkernel");
+  DiagKernelArgs a = arguments(log_decay, weight, dkernel.size(2));
+  a.dkernel = data<float>(dkernel);
+  Tensor dlog_decay = empty_as(log_decay), dweight = empty_as(weight);
+  a.dlog_decay = data<double>(dlog_decay), a.dweight = data<float>(dweight);
+  torch::stable::parallel_for(0, weight.size(0), grain(a),
+                              [&](int64_t begin, int64_t end) { diag_kernel_bwd_for()(a, begin, end); });
+  return {dlog_decay, dweight};
+}
+
+}  // namespace
+}  // namespace seqlib
+
+STABLE_TORCH_LIBRARY_IMPL(seqlib, CPU, m) {
+  m.impl("diag_kernel", TORCH_BOX(&seqlib::diag_kernel));
+  m.impl("diag_kernel_bwd", TORCH_BOX(&seqlib::diag_kernel_bwd));
+}
