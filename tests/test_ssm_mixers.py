@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from seqlib import native
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.hippo import hippo, nplr
+from seqlib.layers.linear import Linear
 from seqlib.layers.readout import OUTPUTS, Readout
 from seqlib.mixers import Mixer, build_mixer
 from seqlib.sequence import SequenceInfo
@@ -381,6 +383,34 @@ def test_readout_is_its_equation(output: str) -> None:
         "none": lambda: a,
     }[output]()
     torch.testing.assert_close(readout(y), want)
+
+
+@pytest.mark.native
+def test_compiled_readout_keeps_its_contract() -> None:
+    native.load("cpu")
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 40, 33), (34, 33), (34,)))
+    for given in ((x, weight, bias, True), (x, weight, None, True)):
+        torch.library.opcheck(torch.ops.seqlib.gelu_glu.default, given)
+    y, mixed = torch.ops.seqlib.gelu_glu.default(x.detach(), weight.detach(), bias.detach(), True)
+    torch.library.opcheck(torch.ops.seqlib.gelu_glu_bwd.default, (y, x.detach(), weight.detach(), mixed))
+    assert torch.ops.seqlib.gelu_glu.default(x.detach(), weight.detach(), None, False)[1].numel() == 0
+
+
+def test_a_readout_calls_its_projection_for_whoever_listens() -> None:
+    """Hooks and adapters in its place see every call; otherwise activation, product and gate are one op."""
+    torch.manual_seed(0)
+    plain, y = Readout(40), torch.randn(2, 50, 40)
+    plain.reset_parameters()
+    want, calls = plain(y), []
+    hooked, adapted = copy.deepcopy(plain), copy.deepcopy(plain)
+    hooked.proj.register_forward_hook(lambda *_: calls.append("hook"))
+    adapted.proj.__class__ = type(
+        "Adapter", (Linear,), {"forward": lambda m, x: calls.append("adapter") or x.new_zeros(2, 50, 80)}
+    )
+    assert torch.allclose(hooked(y), want, atol=1e-6) and torch.equal(adapted(y), torch.zeros_like(y))
+    assert calls == ["hook", "adapter"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(y).dtype == torch.bfloat16
 
 
 def test_only_the_value_of_a_gate_is_scaled_by_depth() -> None:

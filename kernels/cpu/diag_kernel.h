@@ -20,4 +20,17 @@ struct DiagKernelArgs {
 SEQLIB_KERNEL(diag_kernel_fwd, DiagKernelArgs)  // of the d in [begin, end)
 SEQLIB_KERNEL(diag_kernel_bwd, DiagKernelArgs)
 
+// One position of the recurrence: h = decay h + B x, y = sum_n C_n h_n + D x, real parts only where `pairs`: there states
+// and decays are complex, B is too, and C is conjugated.
+struct DiagStepArgs {
+  const float *x, *decay, *B, *C, *D;  // (batch, d), three of (d, m), (d)
+  float *state, *y;                    // (batch, d, m), (batch, d)
+  int64_t d, m;
+  bool pairs;
+};
+
+SEQLIB_KERNEL(diag_step, DiagStepArgs)  // blocks of diag_step_block channels, of every row of the batch in turn
+
+constexpr int64_t diag_step_block = 16;
+
 }  // namespace seqlib

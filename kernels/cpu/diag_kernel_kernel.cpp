@@ -1,4 +1,4 @@
-// With l = a T + b, decay^l = (decay^T)^a decay^b: for every channel a table of coarse powers times one of fine powers,
+// Kernels: with l = a T + b, decay^l = (decay^T)^a decay^b: for every channel a table of coarse powers times one of fine powers,
 // both made by products in float64, so that angles of 10^5 radians keep their digits.
 #include "diag_kernel.h"
 
@@ -136,6 +136,60 @@ void diag_kernel_bwd(const DiagKernelArgs& a, int64_t begin, int64_t end) {
       }
     }
   }
+}
+
+namespace {
+
+template <size_t... I>
+inline vf swap_pairs(vf a, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, a, (I ^ 1)...);
+}
+
+// Both lanes of a pair hold its real part, or minus and plus its imaginary part.
+template <size_t... I>
+inline vf real_twice(vf a, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, a, (I & ~size_t{1})...);
+}
+template <size_t... I>
+inline vf imag_twice(vf a, std::index_sequence<I...>) {
+  return __builtin_shufflevector(-a, a, (I % 2 == 0 ? I + 1 : I + W)...);
+}
+
+template <bool Pairs>
+inline void advance(const DiagStepArgs& a, int64_t row, int64_t block) {
+  constexpr std::make_index_sequence<W> lanes_of_a_vector;
+  for (int64_t first = block * diag_step_block; first < std::min(a.d, (block + 1) * diag_step_block); first += W) {
+    vf y[W] = {};
+    const int64_t channels = std::min<int64_t>(W, a.d - first);
+    for (int64_t i = 0; i < channels; ++i) {
+      const int64_t channel = first + i;
+      const float *decay = a.decay + channel * a.m, *B = a.B + channel * a.m, *C = a.C + channel * a.m;
+      float* state = a.state + (row * a.d + channel) * a.m;
+      const float x = a.x[row * a.d + channel];
+      for (int64_t j = 0; j < a.m; j += W) {
+        const int64_t lanes = a.m - j;
+        const vf h = get(state + j, lanes), by = get(decay + j, lanes);
+        vf next = get(B + j, lanes) * x;
+        if constexpr (Pairs)
+          next += real_twice(by, lanes_of_a_vector) * h + imag_twice(by, lanes_of_a_vector) * swap_pairs(h, lanes_of_a_vector);
+        else
+          next += by * h;
+        put(state + j, next, lanes);
+        y[i] += get(C + j, lanes) * next;
+      }
+    }
+    const vf x = get(a.x + row * a.d + first, channels), D = get(a.D + first, channels);
+    put(a.y + row * a.d + first, lane_sums(y) + D * x, channels);
+  }
+}
+
+}  // namespace
+
+void diag_step(const DiagStepArgs& a, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
+  const int64_t blocks = (a.d + diag_step_block - 1) / diag_step_block;
+  for (int64_t task = begin; task < end; ++task)
+    a.pairs ? advance<true>(a, task / blocks, task % blocks) : advance<false>(a, task / blocks, task % blocks);
 }
 
 }  // namespace seqlib::SEQLIB_ISA
