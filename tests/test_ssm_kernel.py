@@ -132,7 +132,7 @@ def test_compiled_diag_has_the_exact_gradients(length: int) -> None:
 
 @pytest.mark.native
 def test_compiled_diag_keeps_its_contract() -> None:
-    native.load("cpu")
+    ssm_kernel_diag(*_diag(2, 3, torch.float32), 10, backend="native")
     log_decay = torch.complex(-torch.rand(3, 5).double(), torch.randn(3, 5).double()).requires_grad_()
     weight = torch.randn(3, 2, 5, dtype=torch.complex64, requires_grad=True)
     torch.library.opcheck(torch.ops.seqlib.diag_kernel.default, (log_decay, weight, 70))
