@@ -397,18 +397,20 @@ def test_compiled_readout_keeps_its_contract() -> None:
 
 
 def test_a_readout_calls_its_projection_for_whoever_listens() -> None:
-    """Hooks and adapters in its place see every call; otherwise activation, product and gate are one op."""
+    """Hooks, a patched `forward` and adapters in its place; otherwise activation, product and gate are one op."""
     torch.manual_seed(0)
-    plain, y = Readout(40), torch.randn(2, 50, 40)
+    plain, y, calls = Readout(40), torch.randn(2, 50, 40), []
     plain.reset_parameters()
-    want, calls = plain(y), []
-    hooked, adapted = copy.deepcopy(plain), copy.deepcopy(plain)
+    want = plain(y)
+    hooked, patched, adapted = (copy.deepcopy(plain) for _ in range(3))
     hooked.proj.register_forward_hook(lambda *_: calls.append("hook"))
+    patched.proj.forward = lambda x: calls.append("patch") or plain.proj(x)
     adapted.proj.__class__ = type(
-        "Adapter", (Linear,), {"forward": lambda m, x: calls.append("adapter") or x.new_zeros(2, 50, 80)}
+        "Adapter", (Linear,), {"forward": lambda m, x: calls.append("adapter") or plain.proj(x)}
     )
-    assert torch.allclose(hooked(y), want, atol=1e-6) and torch.equal(adapted(y), torch.zeros_like(y))
-    assert calls == ["hook", "adapter"]
+    for readout in (hooked, patched, adapted):
+        assert torch.allclose(readout(y), want, atol=1e-6)
+    assert calls == ["hook", "patch", "adapter"]
     with torch.autocast("cpu", torch.bfloat16):
         assert plain(y).dtype == torch.bfloat16
 

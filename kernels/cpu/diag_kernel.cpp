@@ -21,7 +21,10 @@ DiagKernelArgs arguments(const Tensor& log_decay, const Tensor& weight, int64_t 
   return a;
 }
 
-int64_t grain(const DiagKernelArgs& a) { return std::max<int64_t>(1, (1 << 18) / (a.n * a.c * a.length)); }
+int64_t grain(const DiagKernelArgs& a) {
+  const int64_t work = a.n * a.c * a.length;
+  return (1 << 18) / std::max<int64_t>(1, work) + 1;
+}
 
 Tensor diag_kernel(const Tensor& log_decay, const Tensor& weight, int64_t length) {
   DiagKernelArgs a = arguments(log_decay, weight, length);
@@ -44,7 +47,8 @@ std::tuple<Tensor, Tensor> diag_kernel_bwd(const Tensor& dkernel_, const Tensor&
   return {dlog_decay, dweight};
 }
 
-Tensor diag_step(const Tensor& x, const Tensor& decay, const Tensor& B, const Tensor& C, const Tensor& D, Tensor state) {
+Tensor diag_step(const Tensor& x, const Tensor& decay, const Tensor& B, const Tensor& C, const Tensor& D,
+                 Tensor state) {
   check_f32(x, "x"), check_f32(B, "B"), check_f32(C, "C"), check_f32(D, "D");
   DiagStepArgs a{};
   a.d = B.size(0), a.m = B.size(1), a.pairs = decay.scalar_type() == Scalar::ComplexFloat;

@@ -20,8 +20,8 @@ struct DiagKernelArgs {
 SEQLIB_KERNEL(diag_kernel_fwd, DiagKernelArgs)  // of the d in [begin, end)
 SEQLIB_KERNEL(diag_kernel_bwd, DiagKernelArgs)
 
-// One position of the recurrence: h = decay h + B x, y = sum_n C_n h_n + D x, real parts only where `pairs`: there states
-// and decays are complex, B is too, and C is conjugated.
+// One position of the recurrence: h = decay h + B x, y = Re sum_n conj(C_n) h_n + D x. With `pairs` all but x, D and y
+// are complex; m counts their real numbers.
 struct DiagStepArgs {
   const float *x, *decay, *B, *C, *D;  // (batch, d), three of (d, m), (d)
   float *state, *y;                    // (batch, d, m), (batch, d)

@@ -1,4 +1,4 @@
-// Kernels: with l = a T + b, decay^l = (decay^T)^a decay^b: for every channel a table of coarse powers times one of fine powers,
+// With l = a T + b, decay^l = (decay^T)^a decay^b: for every channel a table of coarse powers meets one of fine powers,
 // both made by products in float64, so that angles of 10^5 radians keep their digits.
 #include "diag_kernel.h"
 
@@ -157,7 +157,7 @@ inline vf imag_twice(vf a, std::index_sequence<I...>) {
 
 template <bool Pairs>
 inline void advance(const DiagStepArgs& a, int64_t row, int64_t block) {
-  constexpr std::make_index_sequence<W> lanes_of_a_vector;
+  constexpr std::make_index_sequence<W> all;
   for (int64_t first = block * diag_step_block; first < std::min(a.d, (block + 1) * diag_step_block); first += W) {
     vf y[W] = {};
     const int64_t channels = std::min<int64_t>(W, a.d - first);
@@ -171,7 +171,7 @@ inline void advance(const DiagStepArgs& a, int64_t row, int64_t block) {
         const vf h = get(state + j, lanes), by = get(decay + j, lanes);
         vf next = get(B + j, lanes) * x;
         if constexpr (Pairs)
-          next += real_twice(by, lanes_of_a_vector) * h + imag_twice(by, lanes_of_a_vector) * swap_pairs(h, lanes_of_a_vector);
+          next += real_twice(by, all) * h + imag_twice(by, all) * swap_pairs(h, all);
         else
           next += by * h;
         put(state + j, next, lanes);

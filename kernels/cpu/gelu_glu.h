@@ -14,7 +14,7 @@ struct GeluGluArgs {
   float *dx, *dweight, *dbias;     // of each part: (parts, 2 d_out, d_in) and (parts, 2 d_out)
   float* packed;                   // the weight in the order in which products read it
   int64_t rows, d_in, d_out;
-  int64_t parts;  // the rows are cut in so many pieces in the backward pass, whose sums have one order then
+  int64_t parts;  // the backward pass cuts the rows in so many, whatever the threads are, so sums have one order
 };
 
 SEQLIB_KERNEL(gelu_glu_pack_fwd, GeluGluArgs)  // panels of the weight: `gelu_glu_panels` of d_out

@@ -1,4 +1,4 @@
-// Products of blocks of rows that stay in the cache, with what is elementwise done while a block is there. The weight is
+// Products of blocks of rows that stay in the cache; what is elementwise is done while a block is there. The weight is
 // packed into panels of 64 columns, the left factor is read one number at a time; six rows of sums hide the latency of
 // an FMA and leave room for the next vectors of a panel.
 #include "gelu_glu.h"

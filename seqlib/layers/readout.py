@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, linear_
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, unwatched
 from seqlib.ops import gelu_glu
 from seqlib.ops.linear import FEW_ROWS
 
@@ -86,7 +86,6 @@ class Readout(nn.Module):
             and y.numel() > FEW_ROWS * y.shape[-1]
             and type(proj) is Linear
             and y.dtype == proj.weight.dtype
-            and not proj._forward_hooks
-            and not proj._forward_pre_hooks
+            and unwatched(proj)
             and not torch.is_autocast_enabled("cpu")
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqlib import native
 from seqlib.dispatch import preferred
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, unwatched
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer
 from seqlib.ops.linear import FEW_ROWS
@@ -41,5 +41,5 @@ def fusible(mixer: Mixer, x: Tensor, state: Tensor, *ops: str) -> bool:
     return (
         x.shape[0] <= FEW_ROWS
         and native_step(mixer, x, state, *ops)
-        and all(type(m) in _PARTS and not m._forward_hooks and not m._forward_pre_hooks for m in mixer.children())
+        and all(type(m) in _PARTS and unwatched(m) for m in mixer.children())
     )

@@ -18,8 +18,8 @@ MANY_ROWS = 64
 
 def _limits(facts: Facts) -> str | None:
     rows, d_in = facts.size("rows"), facts.size("d_in")
-    few = rows < MANY_ROWS or d_in < 32
-    return f"{rows} rows of {d_in}; it takes {MANY_ROWS} or more, of 32 or more" if few else None
+    small = rows < MANY_ROWS or d_in < 32
+    return f"{rows} rows of width {d_in}; it takes at least {MANY_ROWS} rows of width 32" if small else None
 
 
 _HERE = "seqlib.ops.gelu_glu"
