@@ -33,6 +33,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEQLIB_LIBRARY, m) {
   m.def("vandermonde(Tensor log_decay, Tensor weight, int length) -> Tensor");
   m.def("cauchy(Tensor numerators, Tensor alpha, int l_kernel) -> Tensor");
   m.def("cauchy_bwd(Tensor dsums, Tensor numerators, Tensor alpha, int l_kernel) -> (Tensor, Tensor)");
+  m.def("diag_kernel(Tensor log_decay, Tensor weight, int length) -> Tensor");
+  m.def("diag_kernel_bwd(Tensor dkernel, Tensor log_decay, Tensor weight) -> (Tensor, Tensor)");
+  m.def("diag_step(Tensor x, Tensor decay, Tensor B, Tensor C, Tensor D, Tensor(a!) state) -> Tensor");
+  m.def("gelu_glu(Tensor x, Tensor weight, Tensor? bias, bool keep) -> (Tensor, Tensor)");
+  m.def("gelu_glu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mixed) -> (Tensor, Tensor, Tensor)");
   m.def("dplr_spectrum(Tensor weights, Tensor square, Tensor real, Tensor dt, Tensor sin, Tensor cos, int points) -> Tensor");
   m.def("dplr_spectrum_bwd(Tensor dspectrum, Tensor weights, Tensor square, Tensor real, Tensor dt, Tensor sin, Tensor cos) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("exp_floor(Tensor x, int repeats) -> Tensor");

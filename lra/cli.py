@@ -1,4 +1,4 @@
-"""The command line: seqlib-lra prepare | train | evaluate | suite | speed | throughput | table."""
+"""The command line: seqlib-lra prepare | train | compare | evaluate | suite | speed | throughput | table."""
 
 from __future__ import annotations
 
@@ -93,6 +93,20 @@ def train(
     if chosen.note:
         console.print(f"[dim]differs from the published recipe: {chosen.note}[/dim]")
     console.print(f"{folder / 'summary.json'}; model, metrics and curve of each seed are beside it")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Outputs of train with one recipe and different mixers.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Put finished runs that differ only in their mixers side by side."""
+    from .compare import compare_runs, show_comparison
+
+    found = compare_runs(runs)
+    show_comparison(found, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 @app.command()

@@ -46,7 +46,7 @@ RECALL: dict[str, RecallTask] = {
             lambda o: o["vocab_size"], lambda o: {"any symbol": 1 / (o["vocab_size"] - 2)},
         ),
         RecallTask(
-            "copying", synthetic.copying, {"seqlen": 64, "tokens": 8, "vocab_size": 16},
+            "copying", synthetic.copying, {"seqlen": 64, "tokens": 8, "vocab_size": 16, "hold": 1},
             lambda o: o["vocab_size"], lambda o: {"any symbol": 1 / (o["vocab_size"] - 2)},
         ),
         RecallTask(

@@ -142,13 +142,30 @@ _OWN: dict[str, dict[str, dict[str, Any]]] = {
         **{name: _RECALL for name in RECALL},
         "mqar": _RECALL | _MQAR,
     },
+    "far": {
+        "copying": {
+            "data": {"seqlen": 2048, "tokens": 4, "hold": 64},
+            "d_model": 32,
+            "mixers": {"m": {"kind": "s4d"}},
+            "batch_size": 8,
+            "steps": 400,
+            "learning_rate": 1e-2,
+            "warmup_steps": 20,
+            "weight_decay": 0.0,
+            "enough": 0.95,
+            "eval_every": 40,
+            "eval_examples": 64,
+        }
+    },
     "tiny": {
         "listops": _TINY | {"data": _SHORT_LISTS | {"train": 200, "validation": 40, "test": 60}},
         "pathfinder": _TINY | {"data": {"size": 16, "train": 60, "validation": 20, "test": 20}},
         **{name: _TINY for name in RECALL},
     },
 }
-"""Our own: "small" learns on two cores in minutes to an hour, "tiny" is for tests and first steps."""
+"""Our own: "small" learns on two cores in minutes to an hour, "tiny" is for tests and first steps, "far" asks for four
+symbols 1,800 positions later, which state spaces and long convolutions of that reach learn in minutes and short
+convolutions never."""
 
 
 def layers_of(text: str) -> list[dict[str, Any]]:

@@ -99,9 +99,20 @@ def selective_copying(seed: int, n: int, seqlen: int, *, tokens: int = 16, vocab
     return _copying(seed, n, seqlen, tokens, vocab_size, scattered=True)
 
 
-def copying(seed: int, n: int, seqlen: int, *, tokens: int = 16, vocab_size: int = 16) -> Batch:
-    """As `selective_copying`, the symbols all at the beginning."""
-    return _copying(seed, n, seqlen, tokens, vocab_size, scattered=False)
+def copying(seed: int, n: int, seqlen: int, *, tokens: int = 16, vocab_size: int = 16, hold: int = 1) -> Batch:
+    """As `selective_copying`, the symbols all at the beginning; each of them, and its marker, stands `hold` times.
+
+    Symbols that are held can be told from a long distance by kernels that see it coarsely.
+    """
+    part = tokens * hold
+    _need(hold >= 1, f"copying needs hold >= 1, got {hold=}")
+    _need(seqlen >= 2 * part, f"copying needs seqlen >= 2 * tokens * hold, got {seqlen=} {tokens=} {hold=}")
+    short = _copying(seed, n, 2 * tokens, tokens, vocab_size, scattered=False)
+    ids, targets = np.zeros((n, seqlen), np.int64), np.full((n, seqlen), IGNORE)
+    for long, a in zip((ids, targets), short):
+        held = a.repeat(hold, 1)
+        long[:, :part], long[:, seqlen - part :] = held[:, :part], held[:, part:]
+    return Batch(ids, targets)
 
 
 def induction(seed: int, n: int, seqlen: int, *, vocab_size: int = 16) -> Batch:

@@ -85,6 +85,17 @@ def test_copying_layout(scattered: bool) -> None:
         assert len({tuple(np.flatnonzero(row[:42])) for row in batch.ids}) > 90
 
 
+def test_symbols_that_are_held_are_the_same_ones() -> None:
+    """Every symbol, marker and target `hold` times, blanks in between; hold 1 is the plain task."""
+    plain = synthetic.copying(3, 20, 12, tokens=6, vocab_size=10)
+    held = synthetic.copying(3, 20, 50, tokens=6, vocab_size=10, hold=4)
+    assert np.array_equal(held.ids[:, :24], plain.ids[:, :6].repeat(4, 1))
+    assert (held.ids[:, 24:26] == 0).all() and (held.targets[:, :26] == -100).all()
+    assert np.array_equal(held.targets[:, 26:], held.ids[:, :24]) and (held.ids[:, 26:] == 9).all()
+    with pytest.raises(ConfigError, match="hold"):
+        synthetic.copying(0, 1, 47, tokens=6, hold=4)
+
+
 def test_induction_layout() -> None:
     batch = MAKE["induction"](0, 500)
     first = (batch.ids == 16).argmax(1)

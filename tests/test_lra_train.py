@@ -11,11 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from typer.testing import CliRunner
 
+from seqlib.bench import markdown
 from seqlib.errors import ConfigError, SeqlibError
 from seqlib.hf.runs import override, read_metrics
 from seqlib.lra import cli, leaderboard, report, seeds, suite
 from seqlib.lra import train as training
+from seqlib.lra.compare import compare_runs
 from seqlib.lra.evaluate import collate, invariance, score_examples, score_recall, wilson
 from seqlib.lra.published import PUBLISHED
 from seqlib.lra.recall import RECALL, Stream, make_batch
@@ -187,6 +190,48 @@ def test_a_model_learns(tmp_path: Path) -> None:
     )
     result = training.train(recipe, source(tmp_path), tmp_path / "run", console=QUIET)
     assert result["test"]["accuracy"] > 0.95 and not result["failed"] and result["steps"] < 120
+
+
+@pytest.mark.parametrize(
+    ("mixer", "learns"),
+    [
+        ({"kind": "s4d", "d_state": 32}, True),
+        ({"kind": "s4", "d_state": 32, "l_max": 257}, True),
+        ({"kind": "sgconv", "kernel_dim": 16, "l_max": 257}, True),
+        ({"kind": "gated_conv"}, False),
+    ],
+    ids=lambda m: m["kind"] if isinstance(m, dict) else "",
+)
+def test_long_kernels_recall_what_short_ones_cannot(mixer: dict, learns: bool, tmp_path: Path) -> None:
+    """The recipe "far" in small: two symbols 224 positions later; what is guessed scores 1/14."""
+    recipe = dataclasses.replace(
+        find_recipe("far", "copying"), data={"seqlen": 256, "tokens": 2, "hold": 16}, d_model=16, n_layer=1,
+        mixers={"m": mixer}, batch_size=16, steps=160, eval_every=80, learning_rate=2e-2, enough=1.0,
+    )  # fmt: skip
+    result = training.train(recipe, source(tmp_path), tmp_path / "run", console=QUIET)
+    accuracy = result["test"]["accuracy"]
+    assert accuracy > 0.75 if learns else accuracy < 0.15
+
+
+def test_runs_of_one_recipe_side_by_side(tmp_path: Path) -> None:
+    """Best first, on the page too; runs that were trained otherwise are no comparison."""
+    for name, mixer, rate in (("a", "gated_conv", "1e-3"), ("b", "linear_transformer", "1e-3"), ("c", "lru", "1e-2")):
+        options = ["--recipe", "tiny", "--mixer", mixer, "--set", f"learning_rate={rate}"]
+        call = CliRunner().invoke(cli.app, ["train", "copying", *options, "--output", str(tmp_path / name)])
+        assert call.exit_code == 0, call.output
+    bench = tmp_path / "bench"
+    bench.mkdir()
+    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert CliRunner().invoke(cli.app, ["compare", *runs, "--json", str(bench / "x.json")]).exit_code == 0
+    rows = json.loads((bench / "x.json").read_text())["comparison"]
+    assert rows[0]["mean"] >= rows[1]["mean"]
+    assert {row["mixers"]["m"]["kind"] for row in rows} == {"gated_conv", "linear_transformer"}
+    score = json.loads((tmp_path / "a" / "summary.json").read_text())["mean"]
+    assert f"| gated_conv | {100 * score:.1f} % | 12 |" in markdown.page(bench)
+    with pytest.raises(ConfigError, match="differs in learning_rate"):
+        compare_runs([tmp_path / "a", tmp_path / "c"])
+    with pytest.raises(ConfigError, match="has no summary.json"):
+        compare_runs([tmp_path])
 
 
 @pytest.mark.parametrize("task", RECALL)

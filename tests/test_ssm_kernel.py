@@ -113,6 +113,33 @@ def test_diag_is_accurate_at_length_16384(name: str, discretization: str) -> Non
     assert float(((got - want).norm(dim=1) / want.norm(dim=1)).max()) < 1e-5
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("length", [64, 65, 5000])
+def test_compiled_diag_has_the_exact_gradients(length: int) -> None:
+    """Of both readouts, far out and where the last block is not full."""
+
+    def gradients(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        A, B, C, dt = _diag(3, 5, dtype)
+        leaves = [t.detach().clone().requires_grad_() for t in (A, B, torch.stack([C, 2 * C.conj()]), dt)]
+        kernel = ssm_kernel_diag(*leaves, length, backend=backend)
+        weight = torch.randn(2, 3, length, dtype=torch.float64)
+        return [kernel.detach(), *torch.autograd.grad((kernel * weight.to(dtype)).sum(), leaves)]
+
+    for got, want in zip(gradients(torch.float32, "native"), gradients(torch.float64, "reference")):
+        assert float((got.to(want.dtype) - want).norm() / want.norm()) < 2e-5
+
+
+@pytest.mark.native
+def test_compiled_diag_keeps_its_contract() -> None:
+    ssm_kernel_diag(*_diag(2, 3, torch.float32), 10, backend="native")
+    log_decay = torch.complex(-torch.rand(3, 5).double(), torch.randn(3, 5).double()).requires_grad_()
+    weight = torch.randn(3, 2, 5, dtype=torch.complex64, requires_grad=True)
+    torch.library.opcheck(torch.ops.seqlib.diag_kernel.default, (log_decay, weight, 70))
+    plain = torch.randn(3, 2, 70), log_decay.detach(), weight.detach()
+    torch.library.opcheck(torch.ops.seqlib.diag_kernel_bwd.default, plain)
+
+
 def test_diag_under_autocast_stays_float32() -> None:
     given = _diag(4, 8, torch.float32)
     want = ssm_kernel_diag(*given, 100)

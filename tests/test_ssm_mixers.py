@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.hippo import hippo, nplr
+from seqlib.layers.linear import Linear
 from seqlib.layers.readout import OUTPUTS, Readout
 from seqlib.mixers import Mixer, build_mixer
+from seqlib.ops import gelu_glu
 from seqlib.sequence import SequenceInfo
 
 D_MODEL = 6
@@ -381,6 +383,36 @@ def test_readout_is_its_equation(output: str) -> None:
         "none": lambda: a,
     }[output]()
     torch.testing.assert_close(readout(y), want)
+
+
+@pytest.mark.native
+def test_compiled_readout_keeps_its_contract() -> None:
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 40, 33), (34, 33), (34,)))
+    gelu_glu(x, weight, bias, backend="native")
+    for given in ((x, weight, bias, True), (x, weight, None, True)):
+        torch.library.opcheck(torch.ops.seqlib.gelu_glu.default, given)
+    y, mixed = torch.ops.seqlib.gelu_glu.default(x.detach(), weight.detach(), bias.detach(), True)
+    torch.library.opcheck(torch.ops.seqlib.gelu_glu_bwd.default, (y, x.detach(), weight.detach(), mixed))
+    assert torch.ops.seqlib.gelu_glu.default(x.detach(), weight.detach(), None, False)[1].numel() == 0
+
+
+def test_a_readout_calls_its_projection_for_whoever_listens() -> None:
+    """Hooks, a patched `forward` and adapters in its place; otherwise activation, product and gate are one op."""
+    torch.manual_seed(0)
+    plain, y, calls = Readout(40), torch.randn(2, 50, 40), []
+    plain.reset_parameters()
+    want = plain(y)
+    hooked, patched, adapted = (copy.deepcopy(plain) for _ in range(3))
+    hooked.proj.register_forward_hook(lambda *_: calls.append("hook"))
+    patched.proj.forward = lambda x: calls.append("patch") or plain.proj(x)
+    adapted.proj.__class__ = type(
+        "Adapter", (Linear,), {"forward": lambda m, x: calls.append("adapter") or plain.proj(x)}
+    )
+    for readout in (hooked, patched, adapted):
+        assert torch.allclose(readout(y), want, atol=1e-6)
+    assert calls == ["hook", "patch", "adapter"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(y).dtype == torch.bfloat16
 
 
 def test_only_the_value_of_a_gate_is_scaled_by_depth() -> None:

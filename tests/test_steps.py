@@ -89,6 +89,30 @@ def test_why_mamba2_steps_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float32" in reason(torch.zeros(2, 40).bfloat16()) and "float32" in reason(before=RMSNorm(40).half())
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kind": "s4d"},
+        {"kind": "s4d", "init": "real", "d_state": 5 * 2},
+        {"kind": "s4d", "init": "real", "discretization": "bilinear", "d_state": 6},
+        {"kind": "dss", "d_state": 21},
+    ],
+    ids=str,
+)
+def test_a_position_of_a_state_space_is_its_parts(config: dict) -> None:
+    """Rows and channels that fill no vector; rounding is all that tells the call from its parts."""
+    torch.manual_seed(0)
+    mixer, x = build_mixer(config, 37), torch.randn(5, 3, 37)
+    states = [mixer.initial_state(3), mixer.initial_state(3)]
+    with torch.no_grad():
+        for u in x:
+            got, _ = mixer.step(u, states[0])
+            with use_backend(long_conv="torch"):
+                want, _ = mixer.step(u, states[1])
+            assert torch.allclose(got, want, atol=1e-5)
+    assert torch.allclose(states[0].ssm, states[1].ssm, atol=1e-6)
+
+
 def test_a_state_of_another_batch_is_refused() -> None:
     mixer = layer("mamba")
     with torch.no_grad(), pytest.raises(UnsupportedInput, match="state must be"):

@@ -15,7 +15,8 @@ Every number here comes from a JSON file in `docs/bench/`; this page is written 
 docs`. Speed is measured by `seqlib-lm bench WHAT --json FILE`, where WHAT are ops, `mamba-130m` or `linear-family`, and
 by `seqlib-lra speed --peer-s4 DIR --json FILE`. Ratios compare runs that took turns in one process. Processor time of
 one core is steadier than wall time where neighbours share the machine. Freed memory is kept by the process (glibc's
-mallopt), for all contenders alike. Quality is measured by `seqlib-lm sweep --json FILE`.
+mallopt), for all contenders alike. Quality is measured by `seqlib-lm sweep --json FILE`, and
+by `seqlib-lra train`, whose runs `seqlib-lra compare RUNS --json FILE` puts side by side.
 """
 
 
@@ -148,7 +149,35 @@ def _sweep(report: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"mamba_130m": _model, "linear_family": _family, "state_spaces": _state_spaces, "sweep": _sweep}
+def _comparison(report: dict[str, Any]) -> str:
+    recipe = report["recipe"]
+    options = ", ".join(f"{name} {value}" for name, value in recipe["data"].items())
+    guesses = ", ".join(f"{name} {100 * value:.1f} %" for name, value in report["baselines"].items())
+    lines = ["| mixer | test accuracy | steps | seconds | parameters |", "|---|---|---|---|---|"]
+    for row in report["comparison"]:
+        mixers = " ".join(" ".join(f"{k}={v}" for k, v in m.items()) for m in row["mixers"].values())
+        cells = [
+            f"{100 * row['mean']:.1f} %",
+            str(max(row["steps"])),
+            f"{row['seconds']:.0f}",
+            f"{row['parameters']:,}",
+        ]
+        lines.append("| " + " | ".join([mixers.replace("kind=", ""), *cells]) + " |")
+    return (
+        f"`seqlib-lra train {recipe['task']} --recipe {recipe['name']} --mixer MIXER`: {options}; d_model "
+        f"{recipe['d_model']}, {recipe['n_layer']} layers, at most {recipe['steps']} steps of {recipe['batch_size']} "
+        f"sequences, {report['threads']} thread. Training ends at {100 * recipe['enough']:.0f} % on held-out data. "
+        f"Trivial answers score: {guesses}.\n\n" + "\n".join(lines)
+    )
+
+
+SECTIONS = {
+    "mamba_130m": _model,
+    "linear_family": _family,
+    "state_spaces": _state_spaces,
+    "sweep": _sweep,
+    "comparison": _comparison,
+}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqlib.ops.linear import FEW_ROWS, few_rows
 
-__all__ = ["Linear"]
+__all__ = ["Linear", "unwatched"]
 
 
 class Linear(nn.Linear):
@@ -22,3 +22,11 @@ class Linear(nn.Linear):
         if few and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
             return few_rows(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+
+def unwatched(module: nn.Module) -> bool:
+    """Whether nobody would miss a call of `module`: no hooks, and no `forward` put on the instance."""
+    watchers = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    )  # fmt: skip
+    return not any(watchers) and "forward" not in vars(module)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, linear_
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, unwatched
+from seqlib.ops import gelu_glu
+from seqlib.ops.linear import FEW_ROWS
 
 __all__ = ["ACTIVATIONS", "OUTPUTS", "Readout"]
 
@@ -62,6 +64,9 @@ class Readout(nn.Module):
             fill_(self.proj.weight, weight)
 
     def forward(self, y: Tensor) -> Tensor:
+        if self._at_once(y):
+            assert self.proj is not None
+            return gelu_glu(y, self.proj.weight, self.proj.bias)
         a = ACTIVATIONS[self.activation](y)
         if self.proj is None:
             return a
@@ -71,3 +76,16 @@ class Readout(nn.Module):
         if self.output == "linear":
             return mixed
         return (a if self.output == "half_glu1" else y) * torch.sigmoid(mixed)
+
+    def _at_once(self, y: Tensor) -> bool:
+        """Whether one op stands for the three parts, and nobody would miss the call of the projection between them."""
+        proj = self.proj
+        return (
+            (self.activation, self.output) == ("gelu", "glu")
+            and y.device.type == "cpu"
+            and y.numel() > FEW_ROWS * y.shape[-1]
+            and type(proj) is Linear
+            and y.dtype == proj.weight.dtype
+            and unwatched(proj)
+            and not torch.is_autocast_enabled("cpu")
+        )

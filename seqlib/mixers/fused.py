@@ -1,4 +1,4 @@
-"""When one native call may stand for the decoding step of a whole layer."""
+"""When one native call may stand for several ops of a decoding step, and for the step of a whole layer."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from seqlib import native
 from seqlib.dispatch import preferred
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, unwatched
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer
 from seqlib.ops.linear import FEW_ROWS
 
-__all__ = ["why_apart"]
+__all__ = ["why_apart", "why_ops_apart"]
 
 _PARTS = (Linear, ShortConv, RMSNorm)
 _DTYPES = {
@@ -22,15 +22,11 @@ _DTYPES = {
 }
 
 
-def why_apart(
-    mixer: Mixer, x: Tensor, state: Tensor, *ops: str, device: str = "cpu", norm: nn.Module | None = None
-) -> str | None:
-    """Why the parts of `mixer`, which run `ops` on x (batch, d_model), are called one by one; None if nobody would miss
-    the calls between them.
+def why_ops_apart(mixer: Mixer, x: Tensor, state: Tensor, *ops: str, device: str = "cpu") -> str | None:
+    """Why `ops` of `mixer` run one by one on x (batch, d_model); None if one native call may stand for them.
 
-    Hooks, adapters and quantised layers in the place of a projection (or of `norm`, which stands before them) want
-    theirs, and so do compilers, autocast, gradients, and whoever asked for another backend; a state of another batch
-    wants the error of the op.
+    Compilers, autocast, gradients, and whoever asked for another backend want the ops themselves; a state of another
+    batch wants their error.
     """
     if torch.is_grad_enabled():
         return "gradients are enabled"
@@ -38,13 +34,21 @@ def why_apart(
         return f"the one call is for {device} and a state of as many rows as x"
     if x.dtype not in _DTYPES[device]:
         return f"dtype is {x.dtype}"
-    if x.shape[0] > FEW_ROWS:
-        return f"{x.shape[0]} rows; it takes {FEW_ROWS} at most"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return "a compiler or autocast wants the parts"
     if not all(preferred(op, config=mixer.config.backend) in ("auto", "native") for op in ops):
         return "another backend was asked for"
-    for m in mixer.children() if norm is None else (norm, *mixer.children()):
-        if type(m) not in _PARTS or m._forward_hooks or m._forward_pre_hooks:
-            return f"{type(m).__name__} is not of this library, or has hooks"
     return native.why_unavailable(device)
+
+
+def why_apart(
+    mixer: Mixer, x: Tensor, state: Tensor, *ops: str, device: str = "cpu", norm: nn.Module | None = None
+) -> str | None:
+    """`why_ops_apart` for the whole layer: hooks, adapters and quantised layers in the place of a projection (or of
+    `norm`, which stands before them) want the calls between its parts."""
+    if x.shape[0] > FEW_ROWS:
+        return f"{x.shape[0]} rows; it takes {FEW_ROWS} at most"
+    for m in mixer.children() if norm is None else (norm, *mixer.children()):
+        if type(m) not in _PARTS or not unwatched(m):
+            return f"{type(m).__name__} is not of this library, or has hooks"
+    return why_ops_apart(mixer, x, state, *ops, device=device)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, linear_, normal_
@@ -154,12 +155,21 @@ class Hyena(Mixer[HyenaConfig]):
         self.check(x, seq)
         before, past = (None, None) if state is None else (state.conv, state.stream.past())
         mixed, conv = self.conv1d(self.in_proj(x), before, seq)
-        g, k, v = mixed.chunk(3, -1)
-        y, inputs = long_conv(
-            k * v, self.kernel(), D=self.D, initial_state=past, seq=seq, backend=self.backend("long_conv")
-        )
-        assert inputs is not None
-        return self.out_proj(g * y), HyenaState(conv, InputsState(inputs))
+        backend = self.backend("long_conv")
+
+        def gated(mixed: Tensor, kernel: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+            g, k, v = mixed.chunk(3, -1)
+            y, inputs = long_conv(k * v, kernel, D=self.D, initial_state=past, seq=seq, backend=backend)
+            assert inputs is not None
+            return g * y, inputs
+
+        given = mixed, self.kernel(), past
+        # What is between the gates is made again in the backward pass: one convolution more, two tensors fewer to keep.
+        if torch.is_grad_enabled():
+            y, inputs = checkpoint(gated, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, inputs = gated(*given)
+        return self.out_proj(y), HyenaState(conv, InputsState(inputs))
 
     def step(self, x: Tensor, state: HyenaState) -> tuple[Tensor, HyenaState]:
         online = self._kept("online", None, [*self._sources(), self.D], lambda: OnlineConv(self.kernel(), self.D))

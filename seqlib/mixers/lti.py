@@ -17,6 +17,7 @@ from seqlib.layers.kept import Kept
 from seqlib.layers.lti import Diagonal, Recurrence, add_carried, final_state
 from seqlib.layers.readout import Readout
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_complex, wide_dtype
+from seqlib.mixers.fused import why_ops_apart
 from seqlib.ops import long_conv
 from seqlib.sequence import SequenceInfo, State
 
@@ -181,6 +182,10 @@ class TimeInvariant(Mixer[C]):
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
         decay, B_bar, C = self._kept("step", self.rate, self.sources(), self._recurrence)
+        plain = x.dtype == self.D.dtype == torch.float32 and state.ssm.is_contiguous()
+        if plain and why_ops_apart(self, x, state.ssm, "long_conv") is None:
+            y = torch.ops.seqlib.diag_step.default(x.contiguous(), decay, B_bar, C, self.D, state.ssm)
+            return self.readout(y), state
         u = x.to(wide_dtype(self.D))
         h = as_real(state.ssm.mul_(decay)).addcmul_(B_bar, u[..., None])
         return self.readout(((h * C).sum(-1) + self.D * u).to(x.dtype)), state
@@ -193,8 +198,8 @@ class TimeInvariant(Mixer[C]):
         C = (2 if system.pairs else 1) * system.C.detach().to(dtype)
         if dtype.is_complex:
             C = C.conj().resolve_conj()
-        B_bar = system.B_bar.detach().to(dtype)
-        return system.log_decay.detach().exp().to(dtype), as_real(B_bar), as_real(C)
+        B_bar = system.B_bar.detach().to(dtype).contiguous()
+        return system.log_decay.detach().exp().to(dtype).contiguous(), as_real(B_bar), as_real(C.contiguous())
 
     def kernel(self, length: int) -> Tensor:
         if length * self.d_model > KEEP:

@@ -3,6 +3,7 @@
 from seqlib.ops.attention import attention
 from seqlib.ops.causal_conv1d import causal_conv1d
 from seqlib.ops.delta_rule import delta_rule
+from seqlib.ops.gelu_glu import gelu_glu
 from seqlib.ops.linear import linear
 from seqlib.ops.linear_attention import linear_attention
 from seqlib.ops.linear_cross_entropy import linear_cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "causal_conv1d",
     "delta_rule",
+    "gelu_glu",
     "linear",
     "linear_attention",
     "linear_cross_entropy",

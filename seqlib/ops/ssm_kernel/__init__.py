@@ -38,6 +38,14 @@ __all__ = [
 _HERE = "seqlib.ops.ssm_kernel"
 _CUDA: dict[str, Any] = {"devices": ("cuda",), "dtypes": (torch.float32,), "needs": ("native:cuda",)}
 IMPLS = (
+    Impl(
+        "native",
+        "parallel",
+        f"{_HERE}.native_impl:diag",
+        devices=("cpu",),
+        dtypes=(torch.float32,),
+        needs=("native",),
+    ),
     Impl("native", "parallel", f"{_HERE}.cuda_impl:diag", **_CUDA),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:diag"),
     Impl("reference", "reference", f"{_HERE}.reference:diag"),

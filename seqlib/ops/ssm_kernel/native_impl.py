@@ -1,4 +1,4 @@
-"""Kernels of diagonal-plus-rank-one state spaces by the compiled CPU kernel."""
+"""Kernels of diagonal and of diagonal-plus-rank-one state spaces by the compiled CPU kernels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 
 from seqlib import native
-from seqlib.ops.ssm_kernel.torch_impl import to_kernel
+from seqlib.ops.ssm_kernel.torch_impl import to_kernel, weights
 
-__all__ = ["dplr"]
+__all__ = ["diag", "dplr"]
 
 native.load("cpu")
+
+
+def diag(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, discretization: str) -> Tensor:
+    """`torch_impl.diag` with tables of powers that exist for one channel at a time."""
+    with torch.autocast("cpu", enabled=False):
+        log_decay, weight = weights(A, B, C, dt, discretization)
+        kernel = torch.ops.seqlib.diag_kernel.default(
+            log_decay.to(torch.complex128).contiguous(), weight.to(torch.complex64).contiguous(), length
+        )
+        return kernel.transpose(0, 1).reshape(*C.shape[:-2], C.shape[-2], length)
 
 
 def dplr(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, l_kernel: int) -> Tensor:
@@ -24,12 +34,12 @@ def dplr(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *,
         alpha = dt[:, None] * A
         left = torch.cat([C.reshape(-1, d, n), P.conj()])  # c+1 d n
         v = left[:, None] * torch.stack([B.expand(d, n), P[0]])  # c+1 2 d n
-        weights = torch.stack([v.real, v.real * alpha.real + v.imag * alpha.imag], 2)  # c+1 2 2 d n
-        weights = weights.flatten(0, 2).permute(1, 2, 0).contiguous()
+        products = torch.stack([v.real, v.real * alpha.real + v.imag * alpha.imag], 2)  # c+1 2 2 d n
+        products = products.flatten(0, 2).permute(1, 2, 0).contiguous()
         square = alpha.real.square() + alpha.imag.square()
         points = l_kernel // 2 + 1
         spectrum = torch.ops.seqlib.dplr_spectrum.default(
-            weights, square, alpha.real.contiguous(), dt.contiguous(), *_angles(l_kernel), points
+            products, square, alpha.real.contiguous(), dt.contiguous(), *_angles(l_kernel), points
         )
         return to_kernel(torch.complex(spectrum[:, :, 0], spectrum[:, :, 1]), C.shape[:-2], length, l_kernel)
 
@@ -42,6 +52,27 @@ def _angles(l_kernel: int) -> tuple[Tensor, Tensor]:
     theta = torch.full((-(-points // 16) * 16,), math.pi / 2, dtype=torch.float64)
     theta[:points] = torch.arange(points, dtype=torch.float64) * (math.pi / l_kernel)
     return theta.sin().float(), theta.cos().float()
+
+
+@torch.library.register_fake("seqlib::diag_kernel")
+def _fake_diag(log_decay: Tensor, weight: Tensor, length: int) -> Tensor:
+    return weight.new_empty(*weight.shape[:2], length, dtype=torch.float32)
+
+
+@torch.library.register_fake("seqlib::diag_kernel_bwd")
+def _fake_diag_bwd(dkernel: Tensor, log_decay: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(log_decay), torch.empty_like(weight)
+
+
+def _save_diag(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _diag_backward(ctx, dkernel: Tensor) -> tuple[Tensor, Tensor, None]:
+    return *torch.ops.seqlib.diag_kernel_bwd.default(dkernel, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd("seqlib::diag_kernel", _diag_backward, setup_context=_save_diag)
 
 
 @torch.library.register_fake("seqlib::dplr_spectrum")
