@@ -10,7 +10,6 @@ from transformers.models.auto import modeling_auto
 
 import seqlib.hf
 from seqlib.hf import SeqlibCache
-from seqlib.hf.pair import SeqlibForPairClassification
 
 modeling_auto.MODEL_MAPPING_NAMES["seqlib"] = "SeqlibModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["seqlib"] = "SeqlibForCausalLM"
@@ -20,8 +19,6 @@ modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES["seqlib"] = "Seql
 from ...generation.test_utils import GenerationTesterMixin  # noqa: E402
 from ...test_configuration_common import ConfigTester  # noqa: E402
 from ...test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask  # noqa: E402
-
-assert SeqlibForPairClassification.config_class is seqlib.hf.SeqlibConfig
 
 STACKS = {
     "recurrent": {"mixer": {"kind": "mamba", "d_state": 4}},
