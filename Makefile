@@ -23,9 +23,10 @@ test: .venv/installed
 test-long: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
-# transformers' own test suites against our classes; fetches them, so it needs a package index.
+# transformers' own test suites against our classes; fetches them, so it needs a package index. The generation suite is
+# fetched from GitHub, or taken from a clone: make suite CHECKOUT=../transformers
 suite: .venv/installed
-	$(BIN)/python tests/suite/run.py --json docs/transformers_suite.json
+	$(BIN)/python tests/suite/run.py $(if $(CHECKOUT),--checkout $(CHECKOUT)) --json docs/transformers_suite.json
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -59,7 +59,7 @@ def load_model(path: str, tokenizer: str | None = None) -> tuple[Any, Any]:
         raise ConfigError(f"{path} holds a {type(model).__name__}, which has no head to speak with")
     found = _opened("tokenizer", tokenizer or path, AutoTokenizer.from_pretrained)
     if not found("a", add_special_tokens=False)["input_ids"]:  # made from its class alone, without a vocabulary
-        raise ConfigError(f"{tokenizer or path} has no tokenizer; name one with --tokenizer")
+        raise ConfigError(f"{tokenizer or path} has no tokenizer. Name one with --tokenizer")
     return cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu").eval(), found
 
 
@@ -69,9 +69,9 @@ def _opened(what: str, path: str, opener: Any) -> Any:
     except SeqlibError:
         raise
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = "; name one with --tokenizer" if what == "tokenizer" else ""
-        raise ConfigError(f"no {what} could be loaded from {path!r}: {reason}{hint}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip(" :.")
+        hint = ". Name one with --tokenizer" if what == "tokenizer" else ""
+        raise ConfigError(f"no {what} could be loaded from {path!r} ({reason}){hint}") from error
 
 
 def generate(

@@ -2,7 +2,7 @@
 
 transformers has no plug-in discovery, so somebody must call `AutoConfig.register`. If transformers' auto classes are
 already loaded that happens at once, else right after they are: a finder on `sys.meta_path` waits for that one module
-and takes itself off. The model classes follow when a SeqlibConfig is first made (see hf/configuration.py), because
+and takes itself off. The model classes follow when a SeqlibConfig is first made (see hf/registration.py), because
 importing them while transformers' own modules are half imported would close a circle.
 """
 
@@ -20,7 +20,7 @@ AUTO = "transformers.models.auto.configuration_auto"
 
 def register() -> None:
     """Register SeqlibConfig with AutoConfig."""
-    importlib.import_module("seqlib.hf.configuration")
+    importlib.import_module("seqlib.hf.registration")
 
 
 def install() -> None:

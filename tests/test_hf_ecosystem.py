@@ -48,7 +48,7 @@ def test_two_processes_shard_a_model_with_accelerate() -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_sft_of_trl_learns(speaker: SeqlibForCausalLM, packing: bool, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="trl is not installed; pip install trl")
+    trl = pytest.importorskip("trl", reason="trl is not installed; pip install seqlib[ecosystem]")
     datasets = pytest.importorskip("datasets", reason="datasets is not installed; pip install seqlib[lm]")
     losses = []
     asked = trl.SFTConfig(
@@ -63,11 +63,11 @@ def test_sft_of_trl_learns(speaker: SeqlibForCausalLM, packing: bool, tmp_path: 
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_evaluation_harness_reads_a_local_task(speaker: SeqlibForCausalLM, tmp_path: Path) -> None:
-    """Its bits per byte are ours, and its model type "hf" opens a saved folder."""
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install lm-eval")
-    from lm_eval.tasks import TaskManager
-
+def test_the_evaluation_harness_reads_a_local_task(speaker: SeqlibForCausalLM, tmp_path: Path, monkeypatch) -> None:
+    """Its command opens a saved folder as `--model hf`, and its bits per byte are ours."""
+    command = pytest.importorskip(
+        "lm_eval.__main__", reason="lm-eval is not installed; pip install seqlib[ecosystem]"
+    ).cli_evaluate
     speaker.save_pretrained(tmp_path / "model")
     ByteTokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:3]))
@@ -84,14 +84,12 @@ metric_list:
   - metric: bits_per_byte
 """
     )
-    found = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(tmp_path / "model"), "device": "cpu", "max_length": 64},
-        tasks=["local_text"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-        bootstrap_iters=0,
-    )
-    said = found["results"]["local_text"]["bits_per_byte,none"]
+    asked = f"lm_eval --model hf --model_args pretrained={tmp_path / 'model'},max_length=64 --device cpu"
+    asked += f" --tasks {tmp_path / 'local.yaml'} --output_path {tmp_path / 'said.json'}"
+    monkeypatch.setattr(sys, "argv", asked.split())
+    command()
+    (written,) = tmp_path.glob("said*.json")
+    said = json.loads(written.read_text())["results"]["local_text"]["bits_per_byte,none"]
     nats, count = 0.0, 0
     for text in TEXTS[:3]:
         ids = torch.tensor([[257, *text.encode()]])

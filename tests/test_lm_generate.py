@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import JAMBA, MAMBA, port, save
 from hf_models import tiny
-from transformers import MambaConfig, MambaForCausalLM
 
 from seqlib.errors import ConfigError
 from seqlib.hf import ByteTokenizer
@@ -56,20 +56,11 @@ def test_a_chat_template_is_used_where_there_is_one(speaker: Path) -> None:
 
 def test_any_option_of_transformers_reaches_it(speaker: Path, monkeypatch, capsys) -> None:
     (speaker.parent / "asked.jsonl").write_text('{"prompt": "to be"}\n{"prompt": "or not"}\n')
-    command = [
-        "seqlib-lm",
-        "generate",
-        str(speaker),
-        "--lines",
-        str(speaker.parent / "asked.jsonl"),
-        "--temperature",
-        "0",
-    ]
+    command = ["seqlib-lm", "generate", str(speaker), "--lines", str(speaker.parent / "asked.jsonl")]
+    command += ["--temperature", "0"]
     outputs = []
     for more in ([], ["--set", "bad_words_ids=[[111]]", "--set", "num_beams=2", "--max-new-tokens", "5"]):
-        monkeypatch.setattr(sys, "argv", [*command, *more])
-        with pytest.raises(SystemExit, match="0"):
-            cli.main()
+        assert run(monkeypatch, [*command, *more]) == 0
         said = capsys.readouterr()
         outputs.append([json.loads(line) for line in said.out.splitlines()])
         assert "tokens/s" in said.err
@@ -77,15 +68,30 @@ def test_any_option_of_transformers_reaches_it(speaker: Path, monkeypatch, capsy
     assert all(row["new_tokens"] <= 5 and "o" not in row["completion"] for row in outputs[1])
 
 
-def test_a_foreign_checkpoint_speaks_with_a_tokenizer_from_elsewhere(speaker: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=258)
-    theirs = MambaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ConfigError, match="name one with --tokenizer"):
-        load_model(str(tmp_path / "theirs"))
-    model, tokenizer = load_model(str(tmp_path / "theirs"), str(speaker))
-    made = generate(model, tokenizer, b"to be", **GREEDY)
-    ids = torch.tensor([[257, *b"to be"]])
-    expected = theirs.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=256)[0].tolist()
-    assert made.data == tokenizer.decode_bytes(expected)
+@pytest.mark.parametrize("family, fields", [("mamba", MAMBA), ("jamba", JAMBA)])
+def test_a_foreign_checkpoint_speaks_with_a_tokenizer_from_elsewhere(
+    family: str, fields: dict, speaker: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    ids = {"vocab_size": 259, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
+    theirs = port(family, **fields, **ids)
+    save(theirs, tmp_path / "theirs")
+    texts = ["to be", "or not", "ß"]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    command = ["seqlib-lm", "generate", str(tmp_path / "theirs"), "--lines", str(tmp_path / "asked.jsonl")]
+    command += ["--temperature", "0", "--max-new-tokens", "8"]
+
+    assert run(monkeypatch, command) == 1
+    assert "Name one with --tokenizer" in capsys.readouterr().err
+    assert run(monkeypatch, [*command, "--tokenizer", str(speaker)]) == 0
+    said = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
+    for text, completion in zip(texts, said, strict=True):
+        prompt = torch.tensor([[257, *text.encode()]])
+        expected = theirs.generate(prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
+        assert completion == ByteTokenizer().decode_bytes(expected).decode(errors="replace")
+
+
+def run(monkeypatch, command: list[str]) -> int:
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from seqlib.hf.configuration import SeqlibConfig
+from seqlib.hf.registration import register_models
 
 if TYPE_CHECKING:
     from seqlib.hf.cache import SeqlibCache
@@ -50,4 +51,5 @@ def __getattr__(name: str) -> Any:
     # Lazy, because AutoConfig needs the configuration while transformers itself is still being imported.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register_models()
     return getattr(importlib.import_module(f"seqlib.hf.{_MODULES.get(name, 'modeling')}"), name)

@@ -2,12 +2,11 @@
 
 import dataclasses
 import difflib
-import importlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
-from transformers.models.auto.configuration_auto import AutoConfig
 
 from seqlib.errors import ConfigError
 from seqlib.mixers import MIXERS
@@ -57,6 +56,8 @@ class SeqlibConfig(PretrainedConfig):
     """
 
     model_type = "seqlib"
+    on_use: ClassVar[Callable[[], None]] = lambda: None
+    """Called when a config is made; `hf.registration` puts something there."""
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
@@ -107,8 +108,7 @@ class SeqlibConfig(PretrainedConfig):
             raise ConfigError(f"pair_head must be 'nli' or 'concat', got {self.pair_head!r}")
         self._expand()
         super().__post_init__(**kwargs)
-        # Here and not on import: AutoConfig needs this class while the modules that models need are half imported.
-        importlib.import_module("seqlib.hf.pair")
+        type(self).on_use()
 
     def _expand(self) -> None:
         """Replace short forms by what they stand for, and derive transformers' own names of the layers."""
@@ -152,6 +152,3 @@ class SeqlibConfig(PretrainedConfig):
 def _layer_type(config: Any) -> str:
     kind = MIXERS[config.kind].layer_type
     return "sliding_attention" if kind == "full_attention" and getattr(config, "window", None) else kind
-
-
-AutoConfig.register(SeqlibConfig.model_type, SeqlibConfig, exist_ok=True)

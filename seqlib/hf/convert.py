@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.families.base import Part
+from seqlib.hf.loading import listed
 
 __all__ = ["HEAD", "fit", "read", "write"]
 
@@ -65,7 +66,7 @@ def fit(
         "of another shape": [n for key, names in misshapen.items() if not filled >= {*key} for n in names],
         "without a place in this layout": [name for name in ours if name not in placed],
     }
-    told = [f"{what}: {_some(sorted(names))}" for what, names in problems.items() if names]
+    told = [f"{what}: {listed(sorted(names))}" for what, names in problems.items() if names]
     if told:
         raise CheckpointMismatch(f"{source} does not fit its config; {'; '.join(told)}")
     return found
@@ -145,8 +146,3 @@ def _shapes(part: Part, mine: list[Tensor]) -> list[tuple[int, ...]]:
 
 def _width(tensor: Tensor) -> int:
     return 1 if tensor.dim() == 1 else tensor.shape[-1]
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -11,7 +11,7 @@ from torch import nn
 
 from seqlib.errors import CheckpointMismatch
 
-__all__ = ["load_checked"]
+__all__ = ["listed", "load_checked", "refuse_not_finite"]
 
 
 def load_checked(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ def refuse_misfit(source: Any, model: Any, info: dict[str, Any]) -> None:
         "not part of the model": of_backbone(info["unexpected_keys"]),
         "of another shape": sorted(f"{key} {tuple(a)} for {tuple(b)}" for key, a, b in info["mismatched_keys"]),
     }
-    found = [f"{what}: {_some(names)}" for what, names in problems.items() if names]
+    found = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
     if found:
         raise CheckpointMismatch(
             f"{source} does not fit {type(model).__name__} and its config; {'; '.join(found)}. Load it with the config "
@@ -56,7 +56,7 @@ def refuse_not_finite(source: Any, model: nn.Module) -> None:
     names = [name for name, weight in model.named_parameters() if not _finite(weight)]
     if names:
         raise CheckpointMismatch(
-            f"{source or 'state_dict'} holds NaN or infinity in {_some(names)}; use an earlier checkpoint"
+            f"{source or 'state_dict'} holds NaN or infinity in {listed(names)}; use an earlier checkpoint"
         )
 
 
@@ -67,6 +67,7 @@ def _finite(weight: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def listed(names: list[str], limit: int = 8) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -27,7 +26,6 @@ from seqlib.hf.configuration import SeqlibConfig
 from seqlib.hf.inputs import padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
 from seqlib.hf.rollback import Span
-from seqlib.hf.tokenizer import ByteTokenizer
 from seqlib.layers.init import normal_
 from seqlib.layers.linear import Linear
 from seqlib.layers.mlp import MLP
@@ -381,9 +379,3 @@ def _without_outer(ids: Tensor, pad: int) -> Tensor:
     """(batch, seqlen) bool: from the first to the last token that is not `pad`."""
     real = ids != pad
     return (real.cumsum(1) > 0) & (real.flip(1).cumsum(1).flip(1) > 0)
-
-
-AutoModel.register(SeqlibConfig, SeqlibModel, exist_ok=True)
-AutoModelForCausalLM.register(SeqlibConfig, SeqlibForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(SeqlibConfig, SeqlibForSequenceClassification, exist_ok=True)
-AutoTokenizer.register(SeqlibConfig, fast_tokenizer_class=ByteTokenizer, exist_ok=True)

@@ -135,7 +135,7 @@ def _only(text: str, kinds: set[str]) -> str:
 
 
 def _rewrite(text: str) -> tuple[str, list[str]]:
-    """Imports of seqlib made relative and flat, registrations taken out; and the modules that are imported."""
+    """Imports of seqlib made relative and flat; and the modules that are imported."""
     edits: list[tuple[ast.expr | ast.stmt, list[str]]] = []
     needed: list[str] = []
     for node in ast.walk(ast.parse(text)):
@@ -145,8 +145,6 @@ def _rewrite(text: str) -> tuple[str, list[str]]:
             edits.append((node, [_import(*home) for home in homes]))
         elif isinstance(node, ast.Import) and node.names[0].name == "importlib":
             edits.append((node, ["import importlib", f"from .{_FLAT} import import_flat"]))
-        elif isinstance(node, ast.Expr) and ast.unparse(node).startswith("Auto") and ".register(" in ast.unparse(node):
-            edits.append((node, []))
     return _edited(text, edits).replace("importlib.import_module(", "import_flat("), needed
 
 

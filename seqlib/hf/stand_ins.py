@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.layers.linear import takes_few_rows
+from seqlib.layers.norm import unit_length
+from seqlib.mixers.base import wide
 from seqlib.ops import causal_conv1d, delta_rule, linear_attention, linear_scan, selective_scan
 from seqlib.ops.delta_rule import step as delta_step
-from seqlib.ops.linear import FEW_ROWS, linear
+from seqlib.ops.linear import linear
 from seqlib.ops.linear_attention import step as attention_step
 from seqlib.ops.selective_scan import step as scan_step
 from seqlib.sequence import SequenceInfo
@@ -32,8 +35,7 @@ def few_rows(original: Function) -> Function:
 
     @wraps(original)
     def forward(self: torch.nn.Linear, input: Tensor) -> Tensor:
-        few = input.numel() <= FEW_ROWS * self.in_features and input.dtype == self.weight.dtype
-        if few and not torch.is_grad_enabled() and _here(input, self.weight) and not torch.is_autocast_enabled("cpu"):
+        if _here(input, self.weight) and takes_few_rows(self, input):
             return linear(input, self.weight, self.bias)
         return original(self, input)
 
@@ -152,9 +154,8 @@ def mamba2_scan(original: Function) -> Function:
                 hidden_states, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus, dt_limit,
                 return_final_states, **kwargs,
             )  # fmt: skip
-        x, B, C, dt = (_wide(t) for t in (hidden_states, B, C, dt))
-        dt = dt if dt_bias is None else dt + dt_bias
-        dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+        x, B, C = (_wide(t) for t in (hidden_states, B, C))
+        dt = _step_size(dt, dt_bias, dt_softplus).clamp(*dt_limit)
         # The original keeps its states as (headdim, d_state).
         before = None if initial_states is None else initial_states.transpose(-1, -2)
         y, state = linear_attention(
@@ -188,9 +189,7 @@ def mamba2_update(original: Function) -> Function:
         held = state.transpose(-1, -2)
         if torch.is_grad_enabled() or not _here(state, hidden_states) or not shared or state.dtype != torch.float32:
             return original(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z, **kwargs)
-        step_size = _wide(dt[..., 0])
-        step_size = step_size if dt_bias is None else step_size + dt_bias[:, 0]
-        step_size = F.softplus(step_size) if dt_softplus else step_size
+        step_size = _step_size(dt[..., 0], None if dt_bias is None else dt_bias[:, 0], dt_softplus)
         x = _wide(hidden_states)
         matrix = held.contiguous()  # no copy where the prompt was read by our op
         y = attention_step(_wide(C), _wide(B), x * step_size[..., None], _wide(A[:, 0, 0]) * step_size, matrix)
@@ -225,7 +224,7 @@ def delta(original: Function) -> Function:
             )  # fmt: skip
         q, k, v = _wide(query), _wide(key), _wide(value)
         if use_qk_l2norm_in_kernel:
-            q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
+            q, k = unit_length(q), unit_length(k)
         scale = q.shape[-1] ** -0.5
         seq = _documents(kwargs)
         if q.shape[1] == 1 and initial_state is not None and seq is None and not torch.is_grad_enabled():
@@ -325,7 +324,12 @@ def _here(*tensors: Tensor) -> bool:
 
 
 def _wide(t: Any) -> Any:
-    return t if t is None or t.dtype == torch.float64 else t.float()
+    return None if t is None else wide(t)
+
+
+def _step_size(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    dt = _wide(dt) if bias is None else _wide(dt) + bias
+    return F.softplus(dt) if softplus else dt
 
 
 def _writable(state: Tensor) -> bool:

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from seqlib.ops.linear import FEW_ROWS, few_rows
 
-__all__ = ["Linear", "unwatched"]
+__all__ = ["Linear", "takes_few_rows", "unwatched"]
+
+
+def takes_few_rows(layer: nn.Linear, x: Tensor) -> bool:
+    """Whether `ops.linear.few_rows` may run in the layer's place: up to FEW_ROWS rows, no gradient, no autocast."""
+    few = x.numel() <= FEW_ROWS * layer.in_features and x.dtype == layer.weight.dtype
+    return few and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 
 class Linear(nn.Linear):
@@ -18,10 +24,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() <= FEW_ROWS * self.in_features and x.dtype == self.weight.dtype
-        if few and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            return few_rows(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return (few_rows if takes_few_rows(self, x) else F.linear)(x, self.weight, self.bias)
 
 
 def unwatched(module: nn.Module) -> bool:

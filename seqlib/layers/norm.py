@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from seqlib.layers.decay import constant
 from seqlib.layers.init import fill_
 from seqlib.ops import rms_norm
 
-__all__ = ["RMSNorm"]
+__all__ = ["RMSNorm", "unit_length"]
+
+
+def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum of squares + eps) over the last axis, from the norm of mean squares."""
+    d = x.shape[-1]
+    return rms_norm(x, constant((d**-0.5,) * d, x), eps=eps / d)
 
 
 class RMSNorm(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
-from seqlib.layers.decay import constant
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
+from seqlib.layers.norm import unit_length
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import MixerConfig, positive, wide
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
@@ -112,9 +112,7 @@ class DeltaMixer(MatrixMixer[D], Generic[D]):
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         nheads, d_state, _ = self.matrix_shape
         q, k, v = qkv.split(self.widths, -1)
-        # x / sqrt(sum of squares + 1e-6), from the norm of mean squares.
-        scale = constant((d_state**-0.5,) * d_state, q)
-        q, k = (rms_norm(t.unflatten(-1, (-1, d_state)), scale, eps=1e-6 / d_state) for t in (q, k))
+        q, k = (unit_length(t.unflatten(-1, (-1, d_state))) for t in (q, k))
         return q, k, v.unflatten(-1, (nheads, -1))
 
     def _beta(self, x: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import unittest
+from unittest.mock import patch
 
 import torch
 from transformers.models.auto import modeling_auto
 
 import seqlib.hf
-from seqlib.hf.pair import SeqlibForPairClassification
+from seqlib.hf import SeqlibCache
 
 modeling_auto.MODEL_MAPPING_NAMES["seqlib"] = "SeqlibModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["seqlib"] = "SeqlibForCausalLM"
@@ -19,8 +20,6 @@ from ...generation.test_utils import GenerationTesterMixin  # noqa: E402
 from ...test_configuration_common import ConfigTester  # noqa: E402
 from ...test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask  # noqa: E402
 
-assert SeqlibForPairClassification.config_class is seqlib.hf.SeqlibConfig
-
 STACKS = {
     "recurrent": {"mixer": {"kind": "mamba", "d_state": 4}},
     "hybrid": {
@@ -29,6 +28,9 @@ STACKS = {
         "mlp": {"d_mlp": 48},
     },
 }
+
+
+PADDED = ("test_left_padding_compatibility", "test_eager_padding_matches_padding_free_with_position_ids")
 
 
 class Tester:
@@ -66,7 +68,6 @@ class Tester:
 
 class _Suite(ModelTesterMixin, GenerationTesterMixin):
     stack = ""
-    has_attentions = False  # maps of attention are never made
     all_model_classes = (
         seqlib.hf.SeqlibModel,
         seqlib.hf.SeqlibForCausalLM,
@@ -74,6 +75,9 @@ class _Suite(ModelTesterMixin, GenerationTesterMixin):
     )
 
     def setUp(self) -> None:
+        # Maps of attention are never made, but some tests take the two attributes for a sign of padding and packing.
+        self.has_attentions = self._testMethodName in PADDED
+        self.enterContext(patch.object(seqlib.hf.SeqlibForCausalLM, "_supports_attention_backend", self.has_attentions))
         self.model_tester = Tester(self, self.stack)
         self.config_tester = ConfigTester(
             self, config_class=seqlib.hf.SeqlibConfig, common_properties=["hidden_size", "num_hidden_layers"]
@@ -81,6 +85,33 @@ class _Suite(ModelTesterMixin, GenerationTesterMixin):
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
+
+    # Our cache holds states in place of transformers' layers.
+
+    def _check_past_key_values_for_generate(
+        self, batch_size: int, past_key_values: SeqlibCache, seq_length: int, config: seqlib.hf.SeqlibConfig
+    ) -> None:
+        self.assertIsInstance(past_key_values, SeqlibCache)
+        self.assertEqual(past_key_values.get_seq_length(), seq_length)
+        self.assertEqual(len(past_key_values), config.n_layer)
+        for tensor in (tensor for state in past_key_values.states for tensor in state.tensors()):
+            self.assertEqual(len(tensor), batch_size)
+            self.assertTrue(tensor.isfinite().all())
+
+    def _check_caches_are_equal(self, cache1: SeqlibCache, cache2: SeqlibCache) -> None:
+        self.assertEqual(cache1.get_seq_length(), cache2.get_seq_length())
+        for state1, state2 in zip(cache1.states, cache2.states, strict=True):
+            self.assertIs(type(state1), type(state2))
+            for one, other in zip(state1.tensors(), state2.tensors(), strict=True):
+                room = [max(sizes) for sizes in zip(one.shape, other.shape, strict=True)]
+                torch.testing.assert_close(*(_with_room(tensor, room) for tensor in (one, other)))
+
+
+def _with_room(tensor: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Key-value states are allocated for the longest sequence; free slots hold zeros."""
+    made = tensor.new_zeros(shape)
+    made[tuple(map(slice, tensor.shape))] = tensor
+    return made
 
 
 class RecurrentTest(_Suite, unittest.TestCase):
