@@ -19,6 +19,7 @@ inline const void* same_dtype(const OptTensor& t, const Tensor& weight, int64_t 
 inline FewRowsArgs few_rows_of(const Rows& x, const Tensor& weight, const OptTensor& bias, const OnDevice& on) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && x.width == weight.size(1) && x.count <= few_rows_most,
                   "x must be rows, ", few_rows_most, " at most, of as many features as the contiguous weight takes");
+  STD_TORCH_CHECK(weight.get_device_index() == x.tensor.get_device_index(), "x and the weight are on different devices");
   FewRowsArgs a{};
   a.batch = x.count;
   a.d_out = weight.size(0);

@@ -169,17 +169,15 @@ class Mamba2(MatrixMixer[Mamba2Config]):
         ops = ("linear", "causal_conv1d", "linear_attention") + (("norm",) if norm is not None or c.norm else ())
         if reason := why_apart(self, x, state.state, *ops, device="cuda", norm=norm):
             return reason
+        assert state.conv is not None
+        if state.state.dtype != torch.float32 or not (state.state.is_contiguous() and state.conv.is_contiguous()):
+            return "the state is not float32 and contiguous"
         if c.in_scales is not None or c.d_conv > _TAPS or c.headdim % 4 or max(self.d_model, self.d_inner) > WIDEST:
             return f"it has no in_scales, d_conv up to {_TAPS}, headdim in fours and widths up to {WIDEST}"
         if norm is not None and (norm.offset or self.d_model % 4):
             return "its norm has no offset, and d_model is in fours"
-        same = [
-            x if norm is None else norm.weight,
-            self.conv1d.weight,
-            self.norm_weight,
-            self.out_proj.weight,
-            state.conv,
-        ]
+        entry = x if norm is None else norm.weight
+        same = (entry, self.conv1d.weight, self.norm_weight, self.out_proj.weight, state.conv)
         if any(t is not None and t.dtype != dtype for t in same) or x.dtype not in (dtype, torch.float32):
             return f"not all of x, state and parameters are {dtype}, as in_proj is"
         return None
