@@ -53,10 +53,11 @@ def evaluate(
     tokens: Tokens,
     *,
     chunk: int = 2048,
+    context: int | None = None,
     max_bytes: int | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Evaluation:
-    """Score documents with the state carried exactly from their first token to their last.
+    """Score documents with the state carried exactly from their first token to their last, or in parts.
 
         bits_per_byte = sum over tokens of -log2 p(token | everything before it in its document) / bytes of text
 
@@ -64,6 +65,8 @@ def evaluate(
         model: a causal language model of transformers whose cache continues a sequence exactly; this is checked.
         tokens: the documents.
         chunk: tokens per forward, >= 1; bounds memory and changes nothing else.
+        context: tokens of a part of a document, of which the next part knows nothing but its last token; None: whole
+            documents.
         max_bytes: stop after the document that reaches it; None scores every document.
         progress: called with the bytes of each document when it is done.
 
@@ -74,13 +77,18 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        return _evaluate(model, tokens, chunk, max_bytes, progress)
+        return _evaluate(model, tokens, chunk, context, max_bytes, progress)
     finally:
         model.train(was_training)
 
 
 def _evaluate(
-    model: Any, tokens: Tokens, chunk: int, max_bytes: int | None, progress: Callable[[int], None]
+    model: Any,
+    tokens: Tokens,
+    chunk: int,
+    context: int | None,
+    max_bytes: int | None,
+    progress: Callable[[int], None],
 ) -> Evaluation:
     if len(tokens) == tokens.ndocuments:
         raise CorpusError("there are no tokens to score; give at least one document that is not empty")
@@ -90,7 +98,8 @@ def _evaluate(
     ndocuments = nbytes = 0
     _check_cache(model, tokens)
     for ids, document_bytes in tokens.documents():
-        nats = score(model, ids, chunk=chunk)
+        parts = [ids] if context is None else [ids[at : at + context + 1] for at in range(0, len(ids) - 1, context)]
+        nats = torch.cat([score(model, part, chunk=chunk) for part in parts or [ids]])
         bucket = _bucket(torch.arange(len(nats)))
         sums.index_add_(0, bucket, nats)
         counts.index_add_(0, bucket, torch.ones_like(nats))

@@ -116,7 +116,9 @@ def _row(
     else:
         run = train(recipe, data, path, console=console, corpus=corpus)
     model, tokenizer = load_model(str(run.model))
-    found = evaluate(model, tokenize(corpus.test, tokenizer), max_bytes=max_bytes)
+    test = tokenize(corpus.test, tokenizer)
+    found = evaluate(model, test, context=recipe.seqlen, max_bytes=max_bytes)
+    whole = evaluate(model, test, max_bytes=max_bytes)
     return {
         "mixer": name,
         "config": dict(recipe.mixers["m"]),
@@ -124,19 +126,22 @@ def _row(
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_bytes": model.model.backbone.state_bytes(1, _STATE_AT),
         "bits_per_byte": found.bits_per_byte,
+        "bits_per_byte_whole": whole.bits_per_byte,
         "bytes": found.bytes,
     }
 
 
 def sweep_table(made: Mapping[str, Any]) -> Table:
-    """The rows, best first."""
-    table = Table("mixer", "bits per byte", "over attention", "d_mlp", "parameters", f"state at {made['state_at']}")
+    """The rows, best first. Bits per byte are of parts as long as the rows of the training, and of whole documents."""
+    table = Table(
+        "mixer", "bits per byte", "over attention", "documents", "d_mlp", "parameters", f"state at {made['state_at']}"
+    )  # fmt: skip
     rows = sorted(made["sweep"], key=lambda row: row["bits_per_byte"])
     softmax = next((row["bits_per_byte"] for row in rows if row["mixer"] == "attention"), None)
     for row in rows:
         over = f"{row['bits_per_byte'] / softmax:.3f}" if softmax else "-"
         table.add_row(
-            row["mixer"], f"{row['bits_per_byte']:.3f}", over, str(row["d_mlp"]), f"{row['parameters']:,}",
-            f"{row['state_bytes']:,}",
+            row["mixer"], f"{row['bits_per_byte']:.3f}", over, f"{row['bits_per_byte_whole']:.3f}", str(row["d_mlp"]),
+            f"{row['parameters']:,}", f"{row['state_bytes']:,}",
         )  # fmt: skip
     return table
