@@ -330,7 +330,9 @@ def test_links_name_the_neighbours() -> None:
 
 # Bytes of spilled registers that a kernel may have, and of stack; a kernel above needs a line here with its reason.
 SPILLS, STACK = 64, 256
-ALLOWED: dict[str, int] = {}
+ALLOWED = {
+    "scan_backwardILi4ELi16ELi2E": 112
+}  # d_state 64: one channel in turn instead of two would double the partial sums
 
 
 def _usage(arch: str) -> dict[str, tuple[int, int, int]]:

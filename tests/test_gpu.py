@@ -22,6 +22,7 @@ from seqlib.mixers.mamba2 import Mamba2Config
 from seqlib.models import Backbone, BackboneConfig
 from seqlib.ops import causal_conv1d, selective_scan
 from seqlib.ops.case import Case
+from seqlib.ops.rpe_attention.exponentials import Exponentials
 from seqlib.sequence import SequenceInfo, State
 
 pytestmark = [
@@ -66,15 +67,16 @@ def _grid() -> Iterator[Any]:
 
 
 def _on_device(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Sequence information, which cases keep on the CPU, beside the tensors."""
+    """Sequence information and fitted exponentials, which cases keep on the CPU, beside the tensors."""
 
-    def move(t: torch.Tensor | None) -> torch.Tensor | None:
-        return None if t is None else t.cuda()
+    def move(t: Any) -> Any:
+        if isinstance(t, SequenceInfo):
+            return SequenceInfo(move(t.starts), move(t.padding_mask))
+        if isinstance(t, Exponentials):
+            return Exponentials(*map(move, t))
+        return t.cuda() if isinstance(t, torch.Tensor) else t
 
-    return {
-        k: SequenceInfo(move(v.starts), move(v.padding_mask)) if isinstance(v, SequenceInfo) else v
-        for k, v in inputs.items()
-    }
+    return {k: move(v) if isinstance(v, (SequenceInfo, Exponentials)) else v for k, v in inputs.items()}
 
 
 @pytest.mark.parametrize(("op", "impl", "case", "dtype"), list(_grid()))
@@ -186,7 +188,7 @@ def test_whole_steps_in_a_graph_equal_the_ops(batch: int, dtype: torch.dtype, tu
         assert model.mixer(0).why_apart(tokens[0], state[0], model.layers[0].norm) is None
         with use_backend("torch"):
             want = torch.stack([exact.step(x.to(dtype).float(), wide)[0] for x in tokens])
-        x = tokens[0].to(dtype)
+        x = tokens[0].to(dtype, copy=True)
         for overlap in (1, 2):
             tune(overlap=overlap)
             model.step(x, model.initial_state(batch))

@@ -44,10 +44,10 @@ struct Call {
 
   int64_t parts(int64_t channels) const { return (args.d_inner / args.groups + channels - 1) / channels; }
 
-  // Splits the sequence where the blocks of whole sequences are fewer than the multiprocessors.
-  void split(const char* key, int64_t blocks) {
+  // Splits the sequence where the blocks of whole sequences are fewer than the multiprocessors, into `each` for every one.
+  void split(const char* key, int64_t blocks, int64_t each) {
     const int64_t full = on.multiprocessors();
-    args.segment = segment_length(key, args.seqlen, blocks, blocks < full ? 2 * full : 1, kScanCheckpoint);
+    args.segment = segment_length(key, args.seqlen, blocks, blocks < full ? each * full : 1, kScanCheckpoint);
     args.segments = (args.seqlen + args.segment - 1) / args.segment;
     if (args.segments == 1) return;
     entries = empty_f32(A, {args.batch, args.segments, args.d_inner, args.d_state});
@@ -71,10 +71,11 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(
   a.y = y.data_ptr();
   a.final = data<float>(final);
   a.checkpoints = keep ? data<float>(checkpoints) : nullptr;
-  // More lanes for a channel where there are few channels, up to about 12 warps for each multiprocessor.
-  const int64_t wanted = 12 * 32 * call.on.multiprocessors() / std::max<int64_t>(a.batch * a.d_inner, 1);
+  // More lanes for a channel where there are few channels, up to about 12 warps for each multiprocessor; beyond 8 lanes
+  // segments are faster.
+  const int64_t wanted = std::min<int64_t>(8, 12 * 32 * call.on.multiprocessors() / std::max<int64_t>(a.batch * a.d_inner, 1));
   a.lanes = scan_lanes(a.d_state, tuned("selective_scan.lanes", wanted));
-  call.split("selective_scan.segments", a.batch * a.groups * call.parts(scan_block_channels(a.lanes)));
+  call.split("selective_scan.segments", a.batch * a.groups * call.parts(scan_block_channels(a.lanes)), 3);
   start_selective_scan_fwd(a, call.on.stream());
   return {y, final, checkpoints};
 }
@@ -92,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   ScanBackArgs g{};
   call.args.checkpoints = data<float>(checkpoints);
   g.parts = call.parts(scan_back_block_channels(call.args.d_state));
-  call.split("selective_scan_bwd.segments", call.args.batch * call.args.groups * g.parts);
+  call.split("selective_scan_bwd.segments", call.args.batch * call.args.groups * g.parts, 2);
   const ScanArgs& a = g.of = call.args;
   g.dy = dys.seen;
   g.dfinal = data<float>(dlast);

@@ -113,12 +113,15 @@ def _failure(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def bench_case(case: GpuCase, shape: tuple[int, int], best: Limits, seconds: float) -> dict[str, Any]:
+def bench_case(
+    case: GpuCase, shape: tuple[int, int], best: Limits, seconds: float, without: Sequence[str] = ()
+) -> dict[str, Any]:
     """One record: verdicts, failures, and milliseconds with roofline and ratios by contender."""
     with torch.device(DEVICE):
         inputs = case.build(*shape)
     rows, cannot = rows_of(case.op, inputs)
     contenders = {n: p for n, p in rows.items() if not n.startswith("reference")} | PEERS.get(case.op.name, {})
+    contenders = {n: p for n, p in contenders.items() if n not in without}
     record: dict[str, Any] = {"op": case.op.name, "case": case.name, "batch": shape[0], "seqlen": shape[1]}
     record |= {"cannot_run": cannot, "failed": {}, "gate": {}}
     right = {}
@@ -157,8 +160,19 @@ def _is_peer(op: str, name: str) -> bool:
     return not ours and name not in YARDSTICKS.get(op, {})
 
 
-def run(names: Sequence[str], shapes: Sequence[tuple[int, int]], budget: float) -> dict[str, Any]:
-    """All records within about `budget` seconds; what no time was left for is named under "left_out"."""
+def run(
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    budget: float,
+    without: Sequence[str] = (),
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
+    """All records within about `budget` seconds; what no time was left for is named under "left_out".
+
+    Args:
+        without: contenders that do not take part; some peers try configurations for minutes when first called.
+        keep: called with the report after every record, since a machine may be taken back at any time.
+    """
     started = time.perf_counter()
     best = limits()
     facts = machine()
@@ -170,9 +184,10 @@ def run(names: Sequence[str], shapes: Sequence[tuple[int, int]], budget: float) 
         if left < 2:
             report["left_out"] += [f"{c.name} {s[0]}x{s[1]}" for c, s in work[done:]]
             break
-        record = bench_case(case, shape, best, min(0.5, left / (len(work) - done) / 12))
+        record = bench_case(case, shape, best, min(0.5, left / (len(work) - done) / 12), without)
         report["results"].append(record)
         show(record)
+        keep(report)
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
     report["seconds"] = time.perf_counter() - started
@@ -218,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("ops", nargs="*", metavar="op", help="all if none is given")
     parser.add_argument("--shapes", default=",".join(f"{b}x{s}" for b, s in SHAPES), help="such as 1x16384,8x2048")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything, building apart")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--without", default="", metavar="NAME,...", help="such as vendor/chunked")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written anew after every shape of every case")
     parser.add_argument("--charts", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
     known = sorted({case.op.name for case in CASES})
@@ -227,9 +243,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; this command times one")
     shapes = [(int(b), int(s)) for b, _, s in (text.partition("x") for text in options.shapes.split(","))]
-    report = run(options.ops, shapes, options.budget)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    def keep(report: dict[str, Any]) -> None:
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    report = run(options.ops, shapes, options.budget, options.without.split(","), keep)
+    keep(report)
     if options.charts:
         draw(report, options.charts)
     wrong = [f"{r['case']}: {n}" for r in report["results"] for n, v in r["gate"].items() if not v["passed"]]
