@@ -12,11 +12,12 @@ __all__ = ["page"]
 HEAD = """# Benchmarks
 
 Every number here comes from a JSON file in `docs/bench/`; this page is written by `python -m seqlib.bench.markdown
-docs`. Speed is measured by `seqlib-lm bench WHAT --json FILE`, where WHAT are ops, `mamba-130m` or `linear-family`, and
-by `seqlib-lra speed --peer-s4 DIR --json FILE`. Ratios compare runs that took turns in one process. Processor time of
+docs`. Speed is measured by `seqlib-lm bench WHAT --json FILE`, where WHAT are ops, `mamba-130m` or `linear-family`,
+and by `seqlib-lra speed --peer-s4 DIR --json FILE`; on a GPU by `python -m seqlib.bench gpu --json FILE` and `python
+-m seqlib.lm.bench_decode PRESET --json FILE`. Ratios compare runs that took turns in one process. Processor time of
 one core is steadier than wall time where neighbours share the machine. Freed memory is kept by the process (glibc's
-mallopt), for all contenders alike. Quality is measured by `seqlib-lm sweep --json FILE`, and
-by `seqlib-lra train`, whose runs `seqlib-lra compare RUNS --json FILE` puts side by side.
+mallopt), for all contenders alike. Quality is measured by `seqlib-lm sweep --json FILE`, and by `seqlib-lra train`,
+whose runs `seqlib-lra compare RUNS --json FILE` puts side by side.
 """
 
 
@@ -32,7 +33,10 @@ def page(folder: Path) -> str:
 
 
 def _machine(report: dict[str, Any]) -> str:
-    facts, limit = report["machine"], report["limits"]
+    facts = report["machine"]
+    if "gpu" in facts:
+        return f"{facts['gpu']}, torch {facts['torch']}, CUDA {facts['cuda']}."
+    limit = report["limits"]
     load = ", ".join(f"{x:.1f}" for x in facts["load_average"])
     return (
         f"{facts['cpu']}, {report['options']['threads']} threads, {facts['isa']}, torch {facts['torch']}, load {load} "
@@ -152,6 +156,21 @@ def _sweep(report: dict[str, Any]) -> str:
     )
 
 
+def _decoding(report: dict[str, Any]) -> str:
+    lines = [
+        "| preset | batch | dtype | from a CUDA graph | from Python | its bytes at the speed of a copy | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["decoding"]:
+        times = [f"{row[key]:.3f} ms" for key in ("graph_ms", "python_ms", "floor_ms")]
+        ratio = f"{row['graph_ms'] / row['floor_ms']:.2f}"
+        lines.append(f"| {row['preset']} | {row['batch']} | {row['dtype']} | {' | '.join(times)} | {ratio} |")
+    return (
+        "One decoding step of a whole model with random weights, logits included, beside reading its weights once and "
+        "reading and writing its state.\n\n" + "\n".join(lines)
+    )
+
+
 def _comparison(report: dict[str, Any]) -> str:
     recipe = report["recipe"]
     options = ", ".join(f"{name} {value}" for name, value in recipe["data"].items())
@@ -180,6 +199,7 @@ SECTIONS = {
     "state_spaces": _state_spaces,
     "sweep": _sweep,
     "comparison": _comparison,
+    "decoding": _decoding,
 }
 
 
