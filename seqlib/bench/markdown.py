@@ -13,11 +13,12 @@ HEAD = """# Benchmarks
 
 Every number here comes from a JSON file in `docs/bench/`; this page is written by `python -m seqlib.bench.markdown
 docs`. Speed is measured by `seqlib-lm bench WHAT --json FILE`, where WHAT are ops, `mamba-130m` or `linear-family`,
-and by `seqlib-lra speed --peer-s4 DIR --json FILE`; on a GPU by `python -m seqlib.bench gpu --json FILE` and `python
--m seqlib.lm.bench_decode PRESET --json FILE`. Ratios compare runs that took turns in one process. Processor time of
-one core is steadier than wall time where neighbours share the machine. Freed memory is kept by the process (glibc's
-mallopt), for all contenders alike. Quality is measured by `seqlib-lm sweep --json FILE`, and by `seqlib-lra train`,
-whose runs `seqlib-lra compare RUNS --json FILE` puts side by side.
+and by `seqlib-lra speed --peer-s4 DIR --json FILE`, of stock models by `python -m seqlib.hf.accelerate_bench`; on a
+GPU by `python -m seqlib.bench gpu --json FILE` and `python -m seqlib.lm.bench_decode PRESET --json FILE`. Ratios
+compare runs that took turns in one process. Processor time of one core is steadier than wall time where neighbours
+share the machine. Freed memory is kept by the process (glibc's mallopt), for all contenders alike. Quality is measured
+by `seqlib-lm sweep --json FILE`, and by `seqlib-lra train`, whose runs `seqlib-lra compare RUNS --json FILE` puts side
+by side.
 """
 
 
@@ -36,6 +37,8 @@ def _machine(report: dict[str, Any]) -> str:
     facts = report["machine"]
     if "gpu" in facts:
         return f"{facts['gpu']}, torch {facts['torch']}, CUDA {facts['cuda']}."
+    if "limits" not in report:
+        return f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}, torch {facts['torch']}."
     limit = report["limits"]
     load = ", ".join(f"{x:.1f}" for x in facts["load_average"])
     return (
@@ -156,6 +159,24 @@ def _sweep(report: dict[str, Any]) -> str:
     )
 
 
+def _accelerated(report: dict[str, Any]) -> str:
+    told = {
+        "forward_s": f"forward, {report['seqlen']} tokens",
+        "forward_without_head_s": "forward without the head",
+        "train_s": f"training step, {report['train_seqlen']} tokens",
+        "decode_s_per_token": "greedy `generate()`, a token",
+    }
+    lines = ["| | stock, s | accelerated, s | times faster |", "|---|---|---|---|"]
+    for key, what in told.items():
+        stock, ours = (f"{report[side][key]:.3g}" for side in ("stock", "accelerated"))
+        lines.append(f"| {what} | {stock} | {ours} | {report['times_faster'][key]:.2f} |")
+    return (
+        f"transformers' own {report['model']} with {report['layers']} layers and random weights, before and after "
+        f"`seqlib.accelerate_transformers()`; the largest difference of the logits is "
+        f"{report['logits_relative_difference']:.1g} of the largest one.\n\n" + "\n".join(lines)
+    )
+
+
 def _decoding(report: dict[str, Any]) -> str:
     lines = [
         "| preset | batch | dtype | from a CUDA graph | from Python | its bytes at the speed of a copy | ratio |",
@@ -200,6 +221,7 @@ SECTIONS = {
     "sweep": _sweep,
     "comparison": _comparison,
     "decoding": _decoding,
+    "times_faster": _accelerated,
 }
 
 
