@@ -331,8 +331,9 @@ def test_links_name_the_neighbours() -> None:
 # Bytes of spilled registers that a kernel may have, and of stack; a kernel above needs a line here with its reason.
 SPILLS, STACK = 64, 256
 ALLOWED = {
-    "scan_backwardILi4ELi16ELi2E": 112
-}  # d_state 64: one channel in turn instead of two would double the partial sums
+    "scan_backward": 160,  # most on sm_80; fewer channels in turn would spill less and write more partial sums
+    "conv_backwardILi4E": 160,  # sm_80; with two blocks for a processor instead of three nothing, but less at a time
+}
 
 
 def _usage(arch: str) -> dict[str, tuple[int, int, int]]:

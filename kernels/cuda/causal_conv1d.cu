@@ -139,29 +139,44 @@ SEQLIB_DEVICE void walk_forward(const ConvArgs& a, const Walk& w) {
   fetch_from(w.begin);
   for (int64_t first = w.begin; first < w.end; first += batch) {
     float x[batch][V];
+    SEQLIB_UNROLL
+    for (int j = 0; j < batch; ++j) unpack(next[j], a.x.dtype, x[j]);
+    fetch_from(first + batch);
+    const auto write = [&](int j, const float(&y)[V]) {
+      const int64_t t = first + j;
+      put<how>(a.y, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, t < w.end ? w.valid : 0, y);
+    };
+    const auto take = [&](int j, float(&y)[V]) {
+      SEQLIB_UNROLL
+      for (int i = 0; i < V; ++i) y[i] = sum_taps<W>(tap, past, x[j][i], bias[i], i, a.width);
+      if (a.silu) {
+        SEQLIB_UNROLL
+        for (int i = 0; i < V; ++i) y[i] = silu(y[i]);
+      }
+      shift(past, x[j]);
+    };
+    if (!a.links && first + batch <= w.end) {  // nothing to ask of any token
+      float y[batch][V];
+      SEQLIB_UNROLL
+      for (int j = 0; j < batch; ++j) take(j, y[j]);
+      SEQLIB_UNROLL
+      for (int j = 0; j < batch; ++j) write(j, y[j]);
+      continue;
+    }
     int32_t link[batch];
     SEQLIB_UNROLL
     for (int j = 0; j < batch; ++j) link[j] = first + j < w.end ? before(a, w.row, first + j) : link_pad;
     SEQLIB_UNROLL
-    for (int j = 0; j < batch; ++j) unpack(next[j], a.x.dtype, x[j]);
-    fetch_from(first + batch);
-    SEQLIB_UNROLL
     for (int j = 0; j < batch; ++j) {
-      const int64_t t = first + j;
       float y[V] = {};
       if (link[j] != link_pad) {
         if (link[j] == link_fresh) {
           SEQLIB_UNROLL
           for (int k = 0; k + 1 < W; ++k) clear(past[k]);
         }
-        SEQLIB_UNROLL
-        for (int i = 0; i < V; ++i) {
-          const float sum = sum_taps<W>(tap, past, x[j][i], bias[i], i, a.width);
-          y[i] = a.silu ? silu(sum) : sum;
-        }
-        shift(past, x[j]);
+        take(j, y);
       }
-      put<how>(a.y, a.x.dtype, (w.row * a.seqlen + t) * a.d + w.channel, t < w.end ? w.valid : 0, y);
+      write(j, y);
     }
   }
   if (w.begin < a.seqlen && w.end == a.seqlen) {

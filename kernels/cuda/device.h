@@ -56,6 +56,7 @@ SEQLIB_DEVICE T* shared_memory() {
 SEQLIB_DEVICE float exp2_fast(float x) { return exp2f(x); }
 SEQLIB_DEVICE float exp_fast(float x) { return expf(x); }
 SEQLIB_DEVICE float divide_fast(float a, float b) { return a / b; }
+SEQLIB_DEVICE float inverse_fast(float x) { return 1.0f / x; }
 SEQLIB_DEVICE void sincos_half_turns(float x, float& sin, float& cos) {
   sin = static_cast<float>(std::sin(M_PI * x));
   cos = static_cast<float>(std::cos(M_PI * x));
@@ -122,6 +123,11 @@ SEQLIB_DEVICE float exp2_fast(float x) {
 }
 SEQLIB_DEVICE float exp_fast(float x) { return __expf(x); }
 SEQLIB_DEVICE float divide_fast(float a, float b) { return __fdividef(a, b); }
+SEQLIB_DEVICE float inverse_fast(float x) {  // of infinity: 0
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 SEQLIB_DEVICE void sincos_half_turns(float x, float& sin, float& cos) { sincospif(x, &sin, &cos); }
 SEQLIB_DEVICE float f16_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 SEQLIB_DEVICE uint16_t float_to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
@@ -340,9 +346,8 @@ SEQLIB_DEVICE void store_one(void* data, Dtype dtype, int64_t at, float value) {
   store<1>(data, dtype, at, 1, v);
 }
 
-SEQLIB_DEVICE float sigmoid(float x) { return divide_fast(1.0f, 1.0f + exp_fast(-x)); }
-// exp(-x) overflows where silu is 0 anyway.
-SEQLIB_DEVICE float silu(float x) { return x < -80.0f ? 0.0f : x * sigmoid(x); }
+SEQLIB_DEVICE float sigmoid(float x) { return inverse_fast(1.0f + exp2_fast(-kLog2e * x)); }
+SEQLIB_DEVICE float silu(float x) { return x * sigmoid(x); }
 // max(x, 0) + log(1 + e), e = exp(-|x|), by the series of 2 atanh(e / (2 + e)), whose terms fall by a factor of nine.
 SEQLIB_DEVICE float softplus(float x) {
   const float e = exp_fast(-fabsf(x)), s = divide_fast(e, 2.0f + e), s2 = s * s;
