@@ -89,8 +89,9 @@ def equals_reference(op_name: str, case_name: str, dtype: torch.dtype) -> str:
     case = next(c for c in test_ops.CASES[op_name] if c.name == case_name)
     impl = next(i for i in op.impls if i.name == "triton")
     inputs = case.inputs(dtype, requires_grad=True)
-    reason = impl.limits and impl.limits(op.facts(**inputs))
-    if reason:
-        return reason
+    facts = op.facts(**inputs)
+    reason = impl.limits and impl.limits(facts)
+    if reason or impl.refuses & facts.features:
+        return reason or f"it does not support {', '.join(sorted(impl.refuses & facts.features))}"
     test_ops.compare(op, impl, inputs, dtype)
     return ""

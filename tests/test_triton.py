@@ -24,6 +24,15 @@ KINDS = ("none", "head", "token", "channel")
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 # Few and small, because an interpreted operation takes tens of microseconds; the rest runs with the slow tests.
 QUICK = {
+    "attention": {
+        "window_16": SINGLE,
+        "bidirectional_window": BRAIN,
+        "padded_window": SINGLE,
+        "mixed_window": HALF,
+        "bidirectional_padded_window": SINGLE,
+        "ring_full": SINGLE,
+        "ring_continued": SINGLE,
+    },
     "linear_attention": {
         **{f"{kind}_mixed_groups": SINGLE for kind in KINDS},
         **{f"{kind}_one_position": HALF for kind in KINDS},
@@ -37,6 +46,7 @@ QUICK = {
         "none_packed": HALF,
         "channel_strong": SINGLE,
     },
+    "linear_cross_entropy": {"ignored": SINGLE, "divided": BRAIN, "scaled": HALF, "capped": SINGLE},
     "norm": {"plain": BRAIN, "weightless": SINGLE, "gate_first": SINGLE, "gate_last": HALF, "grouped": SINGLE},
 }
 SPILLS, STACK = 64, 256  # bytes per thread; an allocator that gave up leaves kilobytes
@@ -74,13 +84,20 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def tokens(kind: str, dtype: torch.dtype, d_state: int, headdim: int) -> tuple[tuple[int, int], list[Tensor]]:
+    """seqlen and nheads, and q, k, v; one of each where there is no decay, since Triton makes constants of ones."""
+    length, heads = (1, 1) if kind == "none" else (4096, 16)
+    return (length, heads), [meta(1, length, heads, width, dtype=dtype) for width in (d_state, d_state, headdim)]
+
+
 def linear_attention(kind: str, dtype: torch.dtype, d_state: int, headdim: int) -> Callable[[], None]:
     from seqlib.ops.linear_attention import triton_impl as row
 
     def run() -> None:
-        q, k, v = (meta(1, 4096, 16, width, dtype=dtype) for width in (d_state, d_state, headdim))
-        g = {"head": meta(16), "token": meta(1, 4096, 16), "channel": meta(1, 4096, 16, d_state)}.get(kind)
-        ids = meta(1, 4096, dtype=torch.int64) if kind == "token" else None
+        (length, heads), (q, k, v) = tokens(kind, dtype, d_state, headdim)
+        gates = {"head": (heads,), "token": (1, length, heads), "channel": (1, length, heads, d_state)}
+        g = meta(*gates[kind]) if kind in gates else None
+        ids = meta(1, length, dtype=torch.int64) if kind == "token" else None
         _, state, kept = row.forward(q, k, v, g, None, ids, 1.0)
         row.gradients(v, state, q, k, v, g, ids, kept, 1.0, g is not None)
 
@@ -91,10 +108,10 @@ def delta_rule(kind: str, dtype: torch.dtype, d_state: int, headdim: int) -> Cal
     from seqlib.ops.delta_rule import triton_impl as row
 
     def run() -> None:
-        q, k, v = (meta(1, 4096, 16, width, dtype=dtype) for width in (d_state, d_state, headdim))
-        beta = meta(1, 4096, 16)
-        g = {"token": meta(1, 4096, 16), "channel": meta(1, 4096, 16, d_state)}.get(kind)
-        ids = meta(1, 4096, dtype=torch.int64) if kind == "token" else None
+        (length, heads), (q, k, v) = tokens(kind, dtype, d_state, headdim)
+        gates = {"token": (1, length, heads), "channel": (1, length, heads, d_state)}
+        beta, g = meta(1, length, heads), meta(*gates[kind]) if kind in gates else None
+        ids = meta(1, length, dtype=torch.int64) if kind == "token" else None
         _, state, kept = row.forward(q, k, v, beta, g, None, ids, 1.0)
         row.gradients(v, state, q, k, v, beta, g, ids, kept, 1.0, g is not None)
 
@@ -111,6 +128,27 @@ def norm(order: str, dtype: torch.dtype, group_size: int, groups: int) -> Callab
         row.gradients(y, x, weight, gate, scales, last, group_size, True)
 
     return run
+
+
+def attention(order: str, dtype: torch.dtype, headdim: int, headdim_v: int) -> Callable[[], None]:
+    from seqlib.ops.attention import triton_impl as row
+
+    def run() -> None:
+        sizes = ((8, headdim), (2, headdim), (2, headdim_v))
+        q, k, v = (meta(2, 4096, heads, width, dtype=dtype) for heads, width in sizes)
+        begin = meta(2, dtype=torch.int64)
+        y, peaks = row.forward(q, k, v, begin, None, 1024, order == "causal", 0.1)
+        row.gradients(y, q, k, v, begin, None, y, peaks, 1024, order == "causal", 0.1)
+
+    return run
+
+
+def cross_entropy(shape: str, dtype: torch.dtype, words: int, rows: int) -> Callable[[], None]:
+    from seqlib.ops.linear_cross_entropy import triton_impl as row
+
+    cap = 30.0 if shape == "capped" else None
+    targets, count = meta(rows, dtype=torch.int64), meta(dtype=torch.int64)
+    return lambda: [row.losses(meta(rows, words, dtype=dtype), targets, count, -100, row.Shape(1.0, cap), True)]
 
 
 # What is launched at sizes of published models; quick ones first.
@@ -135,6 +173,10 @@ COMPILED: dict[str, tuple[Callable[[], None], bool]] = {
         (delta_rule, "token", SINGLE, 128, 128, False),
         (delta_rule, "channel", SINGLE, 64, 64, False),
         (delta_rule, "token", HALF, 128, 128, False),
+        (attention, "causal", BRAIN, 128, 128, True),
+        (attention, "causal", SINGLE, 128, 128, False),
+        (attention, "both", HALF, 64, 64, False),
+        (cross_entropy, "capped", BRAIN, 50257, 4096, True),
         (norm, "first", BRAIN, 5120, 1, True),
         (norm, "last", BRAIN, 128, 16, True),
         (norm, "first", SINGLE, 8192, 1, False),

@@ -21,7 +21,7 @@ import torch
 from seqlib import native
 from seqlib.bench.gate import Peer, check, rows_of, with_leaves
 from seqlib.bench.gpu_cases import CASES, GpuCase
-from seqlib.bench.peers import PEERS
+from seqlib.bench.peers import PEERS, YARDSTICKS
 from seqlib.errors import SeqlibError
 from seqlib.ops.case import outputs
 
@@ -129,6 +129,7 @@ def bench_case(case: GpuCase, shape: tuple[int, int], best: Limits, seconds: flo
                 right[name] = peer
         except (RuntimeError, TypeError, ValueError, SeqlibError) as error:  # a peer may refuse in its own words
             record["failed"][name] = _failure(error)
+    right |= YARDSTICKS.get(case.op.name, {})
     for kind in ("forward", "forward_backward"):
         backward = kind == "forward_backward"
         floor = best.seconds(case.nbytes(*shape) * (1 + 2 * backward), case.flops(*shape) * (1 + 2 * backward))
@@ -145,14 +146,15 @@ def bench_case(case: GpuCase, shape: tuple[int, int], best: Limits, seconds: flo
                 "gb_s": 1e-6 * case.nbytes(*shape) * (1 + 2 * backward) / ms,
                 "of_roofline": 1e3 * floor / ms,
             }
-        others = [t["ms"] for name, t in times.items() if _is_peer(name)]
+        others = [t["ms"] for name, t in times.items() if _is_peer(case.op.name, name)]
         for t in times.values() if others else ():
             t["over_best_peer"] = min(others) / t["ms"]
     return record
 
 
-def _is_peer(name: str) -> bool:
-    return name.partition("/")[0] not in ("native", "triton", "torch", "reference")
+def _is_peer(op: str, name: str) -> bool:
+    ours = name.partition("/")[0] in ("native", "triton", "torch", "reference")
+    return not ours and name not in YARDSTICKS.get(op, {})
 
 
 def run(names: Sequence[str], shapes: Sequence[tuple[int, int]], budget: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seqlib.bench.gate import Peer
 
-__all__ = ["PEERS"]
+__all__ = ["PEERS", "YARDSTICKS"]
 
 
 def _call(module: str, name: str) -> Callable[..., Any]:
@@ -45,7 +45,24 @@ def _gla(t: dict[str, Any]) -> dict[str, Any]:
 
 
 def _simple_gla(**t: Any) -> Tensor:
+    _let_run()
     return _call("fla.ops.simple_gla", "chunk_simple_gla")(**t, scale=1.0)[0]
+
+
+def _let_run() -> None:
+    """fla refuses gated gradients on Hopper under Triton before 3.7.1. Here its kernels take part all the same, since
+    what was wrong came from the assembler, which may be another (TRITON_PTXAS_PATH)."""
+    importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
+
+
+def _heads_first(t: dict[str, Any]) -> dict[str, Any]:
+    q, k, v = (t[name].transpose(1, 2) for name in "qkv")
+    shared = v.shape[1] // k.shape[1]
+    return {"query": q.repeat_interleave(shared, 1), "key": k.repeat_interleave(shared, 1), "value": v}
+
+
+def _softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
 def _delta(t: dict[str, Any]) -> dict[str, Any]:
@@ -53,6 +70,7 @@ def _delta(t: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gated_delta(**t: Any) -> Tensor:
+    _let_run()
     return _call("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")(**t)[0]
 
 
@@ -83,6 +101,9 @@ PEERS: dict[str, dict[str, Peer]] = {
     op: {name: peer for name, (package, peer) in peers.items() if importlib.util.find_spec(package)}
     for op, peers in _ALL.items()
 }
+
+# Timed beside an op whose place they could take in a model; they compute something else, so nothing is compared.
+YARDSTICKS: dict[str, dict[str, Peer]] = {"linear_attention": {"softmax attention": Peer(_heads_first, _softmax)}}
 
 # What to carry to a machine without a network, and how it is built there: package, what, megabytes, how.
 CARRY = (

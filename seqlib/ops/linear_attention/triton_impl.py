@@ -49,7 +49,7 @@ def plans(kind: str, dtype: torch.dtype, d_state: int, headdim: int, capability:
     whole, side = tile(d_state, 256), tile(headdim, 64 if hopper else 32)
     states = (tile(d_state, 64), tile(headdim, 64), 4, 2)
     mix = (tile(d_state, 64 if half else 32), tile(headdim, 64 if half else 32), 4, 2)
-    grad_qk = (tile(d_state, 64), tile(headdim, 64), 8, 2)
+    grad_qk = (tile(d_state, 32), tile(headdim, 64), 8, 2)
     if not (half and hopper):
         grad_qk = (tile(d_state, 32), tile(headdim, 32), 8 if half else 4, 2)
     by_memory = Plan(chunk, None, states, grad_qk, mix)

@@ -28,7 +28,7 @@ class Plan(NamedTuple):
 def plans(group_size: int) -> list[Plan]:
     """Candidates, the one that should be fastest first."""
     widest = triton.next_power_of_2(group_size)
-    return [Plan(max(size, widest), max(4, min(16, max(size, widest) // 512))) for size in (2048, 1024)]
+    return [Plan(max(size, widest), max(4, min(8, max(size, widest) // 512))) for size in (2048, 1024)]
 
 
 def gate(facts: Facts) -> Verdict:
