@@ -165,7 +165,14 @@ def test_pixels_as_numbers(tmp_path: Path) -> None:
 
 
 def test_recall_tasks_refuse_mixers_that_look_ahead() -> None:
-    for mixer in ("fnet", '{"kind": "attention", "causal": false}', '{"kind": "s4d", "bidirectional": true}'):
+    attention = '{"kind": "attention", "nheads": 2, "causal": false}'
+    for mixer in (
+        "fnet",
+        attention,
+        '{"kind": "s4d", "bidirectional": true}',
+        '{"kind": "sum", "mixers": [{"kind": "mamba"}, {"kind": "fnet"}]}',
+        f'{{"kind": "shared", "mixer": {attention}}}',
+    ):
         with pytest.raises(ConfigError, match="reads what follows"):
             tiny("mqar", mixer=mixer)
 

@@ -11,7 +11,7 @@ from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
 from seqlib.mixers.channel import Channel
-from seqlib.mixers.compose import Shared, Sum, SumConfig
+from seqlib.mixers.compose import Shared, SharedConfig, Sum, SumConfig
 from seqlib.mixers.conv_attention import ConvAttention
 from seqlib.mixers.deltanet import DeltaNet
 from seqlib.mixers.dss import DSS
@@ -121,6 +121,8 @@ def looks_ahead(values: Mapping[str, Any] | MixerConfig) -> bool:
     config = mixer_config(values)
     if isinstance(config, SumConfig):
         return any(looks_ahead(part) for part in config.mixers)
+    if isinstance(config, SharedConfig) and config.mixer is not None:
+        return looks_ahead(config.mixer)
     only = "initial_state" not in MIXERS[config.kind].supports
     return only or not getattr(config, "causal", True) or getattr(config, "bidirectional", False)
 
