@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEQLIB_LIBRARY, m) {
   m.def("linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? spans, float scale, bool keep) -> (Tensor, Tensor, Tensor)");
   m.def("linear_attention_bwd(Tensor dy, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? spans, Tensor final_state, Tensor checkpoints, float scale, bool needs_decay) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, float scale) -> Tensor");
+  m.def("mamba_step(Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D, Tensor out_proj, Tensor? out_bias, Tensor(a!) conv_state, Tensor(b!) state) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor? gate, bool norm_before_gate, int group_size, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? gate, Tensor rstd, bool norm_before_gate, int group_size, bool needs_weight) -> (Tensor, Tensor, Tensor)");
   m.def("selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state, Tensor? spans, bool dt_softplus, bool keep) -> (Tensor, Tensor, Tensor)");

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from seqlib.bench.clock import ROTATED_BYTES, interleaved, keep_freed_memory, limits, machine
 from seqlib.errors import SeqlibError
-from seqlib.mixers import MIXERS, build_mixer
+from seqlib.mixers import build_mixer
 from seqlib.ops import delta_rule, linear, linear_attention
 
 __all__ = ["bench_linear_family"]
 
 CHUNK = 64
 STEP_WIDTH = 1024
-NO_STEP_FLOOR = ("attention", "sliding_attention", "diag_attention", "sum")
-"""Mixers whose state grows or is made of other mixers' states."""
+FAMILY = (
+    "mamba", "mamba2", "lightning", "transnormer", "retnet", "gla", "based", "linear_transformer", "deltanet",
+    "gated_deltanet", "kda",
+)  # fmt: skip
 
 Runs = Mapping[str, Callable[[], Any]]
 
@@ -195,7 +197,7 @@ def _steps(time: Callable[[Runs], dict[str, float]]) -> list[dict[str, Any]]:
     """
     x, rows = torch.randn(1, STEP_WIDTH), []
     big = torch.randn(int(2 * ROTATED_BYTES) // 4 // STEP_WIDTH, STEP_WIDTH)
-    for kind in (kind for kind in MIXERS if kind not in NO_STEP_FLOOR):
+    for kind in FAMILY:
         first = build_mixer({"kind": kind}, STEP_WIDTH, 0, 24)
         size = sum(p.nbytes for p in first.parameters()) + first.state_bytes(1, 0)
         layers = [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -108,25 +109,62 @@ def evaluate(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="Run folder, model folder or hub name.")],
+    model: Annotated[str, typer.Argument(help="Run folder, or folder or hub name of a checkpoint we can open.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue; default: standard input.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File that holds the prompt.")] = None,
+    lines: Annotated[
+        Path | None, typer.Option(help='JSON lines with a "prompt" or "messages" each; answers come as JSON lines.')
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Lines continued together.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Number of tokens to sample from; 0: all.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, any field of transformers' GenerationConfig.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name, if not with the model.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
 ) -> None:
-    """Continue a prompt, streaming to the terminal."""
+    """Continue a prompt, streaming to the terminal, or many prompts of a file."""
     from . import generate as generation
 
-    given = generation.read_prompt(prompt, prompt_file)
-    loaded, tokenizer = generation.load_model(model)
-    found = generation.generate(
-        loaded, tokenizer, given, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-        seed=seed, out=sys.stdout,
-    )  # fmt: skip
-    Console(stderr=True).print(f"{found.new_tokens} tokens, {found.tokens_per_s:.1f} tokens/s", style="dim")
+    if lines is not None and (prompt is not None or prompt_file is not None):
+        raise ConfigError("give either --lines or a prompt, not both")
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "raw": raw,
+        "settings": generation.parse_settings(settings or []),
+    }
+    given = generation.read_prompt(prompt, prompt_file) if lines is None else None
+    loaded, words = generation.load_model(model, tokenizer)
+    if given is not None:
+        found = generation.generate(loaded, words, given, out=sys.stdout, **options)
+        _tell_speed(found.new_tokens, found.seconds)
+        return
+    assert lines is not None
+    begun, count = time.perf_counter(), 0
+    with _readable(lines) as file:
+        for row in generation.generate_lines(loaded, words, file, batch_size=batch_size, **options):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+            count += row["new_tokens"]
+    _tell_speed(count, time.perf_counter() - begun)
+
+
+def _tell_speed(new_tokens: int, seconds: float) -> None:
+    Console(stderr=True).print(f"{new_tokens} tokens, {new_tokens / seconds:.1f} tokens/s", style="dim")
+
+
+def _readable(path: Path) -> TextIO:
+    try:
+        return path.open(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
 @app.command()

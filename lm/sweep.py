@@ -25,7 +25,12 @@ from .train import DataSpec, build_model, open_run, resume, train
 __all__ = ["equal_recipes", "run_sweep", "sweep_table"]
 
 _WINDOW = 64  # of windowed mixers, so that rows of a few hundred tokens are longer
-_PARTS = ("sum", "channel", "learned_positions")  # no mixers of their own, or of mixers that a user has to name
+_PARTS = (
+    "sum",
+    "shared",
+    "channel",
+    "learned_positions",
+)  # no mixers of their own, or of mixers that a user has to name
 _STATE_AT = 4096  # tokens after which the size of the state is told
 
 

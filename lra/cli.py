@@ -56,7 +56,9 @@ def prepare(
 def train(
     task: Annotated[str | None, typer.Argument(help="A task of Long Range Arena or of the synthetic suite.")] = None,
     recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "small",
-    mixer: Annotated[str | None, typer.Option(help='A mixer for every layer, a kind or JSON {"kind": ...}.')] = None,
+    mixer: Annotated[
+        str | None, typer.Option(help='A kind for every layer, "gated_conv based" in turn, or JSON.')
+    ] = None,
     protocol: Annotated[str | None, typer.Option(help="seqlib, lra, s4 or nys; default: the recipe's.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs, with seeds 0, 1, ...")] = 1,
     settings: Settings = None,

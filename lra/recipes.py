@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from .published import PUBLISHED
 from .recall import RECALL
 from .tasks import TASKS
 
-__all__ = ["Recipe", "find_recipe", "recipe_names"]
+__all__ = ["Recipe", "find_recipe", "layers_of", "recipe_names"]
 
 _GLU = {"gated": True}
 _SCHEDULES = ("cosine", "linear", "constant_with_warmup")
@@ -111,20 +112,35 @@ class Recipe:
 
 
 _SHORT_LISTS = {"max_depth": 4, "max_args": 5, "min_length": 8, "max_length": 48}
-_SMALL: dict[str, Any] = {"n_layer": 4, "mlp": _GLU, "batch_size": 64, "learning_rate": 3e-3, "eval_every": 500}
+_SMALL: dict[str, dict[str, Any]] = {
+    "listops": {
+        "data": _SHORT_LISTS | {"train": 100_000, "validation": 1000, "test": 2000},
+        "mixers": {"m": {"kind": "attention", "nheads": 4, "causal": False}}, "n_layer": 4, "mlp": _GLU,
+        "batch_size": 64, "steps": 8000, "learning_rate": 2e-3, "eval_every": 1000,
+    },
+    "pathfinder": {
+        "data": {"size": 16, "train": 40_000, "validation": 2000, "test": 2000}, "numbers": True,
+        # Steps as for sequences of hundreds, where the published ones suit thousands.
+        "mixers": {"m": {"kind": "s4d", "bidirectional": True, "d_state": 16, "n_ssm": 64, "dt_min": 5e-3,
+                         "dt_max": 0.5}},
+        "n_layer": 4, "steps": 6000, "learning_rate": 4e-3, "warmup_steps": 300, "eval_every": 500,
+    },
+}  # fmt: skip
 _TINY: dict[str, Any] = {
     "d_model": 16, "n_layer": 1, "batch_size": 8, "steps": 12, "warmup_steps": 2, "log_every": 2, "eval_every": 4,
     "eval_examples": 16,
 }  # fmt: skip
 _RECALL: dict[str, Any] = {
-    "batch_size": 64, "steps": 2000, "learning_rate": 4e-3, "weight_decay": 0.1, "beta2": 0.98, "enough": 0.99,
+    "batch_size": 32, "steps": 2000, "learning_rate": 4e-3, "weight_decay": 0.1, "beta2": 0.98, "enough": 0.99,
     "eval_every": 100, "eval_examples": 512,
 }  # fmt: skip
+# Random filler would often be a key in a vocabulary as small as this one.
+_MQAR = {"data": {"seqlen": 64, "pairs": 8, "vocab_size": 128, "random_filler": False}}
 _OWN: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
-        "listops": _SMALL | {"data": _SHORT_LISTS | {"train": 20_000, "validation": 1000, "test": 2000}, "steps": 4000},
-        "pathfinder": _SMALL | {"data": {"size": 16, "train": 40_000, "validation": 2000, "test": 2000}, "steps": 6000},
+        **_SMALL,
         **{name: _RECALL for name in RECALL},
+        "mqar": _RECALL | _MQAR,
     },
     "tiny": {
         "listops": _TINY | {"data": _SHORT_LISTS | {"train": 200, "validation": 40, "test": 60}},
@@ -133,6 +149,16 @@ _OWN: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Our own: "small" learns on two cores in minutes to an hour, "tiny" is for tests and first steps."""
+
+
+def layers_of(text: str) -> list[dict[str, Any]]:
+    """Configs of the layers that take turns: "mamba", "gated_conv based", or one JSON object."""
+    if not text.startswith("{"):
+        return [{"kind": kind} for kind in text.split()]
+    try:
+        return [json.loads(text)]
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--mixer is no JSON object ({error}): {text}") from error
 
 
 def recipe_names(task: str) -> list[str]:

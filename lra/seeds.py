@@ -14,7 +14,7 @@ from rich.console import Console
 from seqlib.errors import ConfigError
 from seqlib.hf.runs import override, write_aside
 
-from .recipes import Recipe, find_recipe
+from .recipes import Recipe, find_recipe, layers_of
 from .train import DataSource, train
 
 __all__ = ["configure", "open_plan", "train_seeds", "write_plan"]
@@ -91,7 +91,6 @@ def configure(name: str, task: str, settings: Sequence[str], mixer: str | None, 
     if protocol is not None:
         changes.append(f"protocol={protocol}")
     if mixer is not None:
-        value = json.loads(mixer) if mixer.startswith("{") else {"kind": mixer}
-        changes.append(f"mixers={json.dumps({'m': value})}")
-        changes.append("layer_pattern=m")
+        layers = {f"m{i or ''}": config for i, config in enumerate(layers_of(mixer))}
+        changes += [f"mixers={json.dumps(layers)}", f"layer_pattern={' '.join(layers)}"]
     return override(find_recipe(name, task), changes)

@@ -54,7 +54,20 @@ class Shape:
 
 
 SIZES: dict[int, Shape] = {
-    16: Shape(16, 1, 5, 1.0, 1.5, 0.5, (0.75,), 1.0, paddles=4, distractors=3, distractor_paddles=2),
+    16: Shape(
+        16,
+        1,
+        5,
+        1.5,
+        1.5,
+        0.5,
+        (0.75,),
+        1.0,
+        paddles=4,
+        distractors=2,
+        distractor_paddles=2,
+        brightness=(160, 160, 255),
+    ),
     32: Shape(32, 1, 7, 1.5, 2, 0.5, (1,), 1.0),
     64: Shape(64, 1, 12, 2.5, 5, 1.0, (1,), 1.8, distractors=22 // 4, brightness=(204, 204, 255)),
     128: Shape(128, 1, 20, 3.0, 5, 1.5, (2, 3), 1.8, distractors=35 // 4, brightness=(230, 230, 255)),

@@ -22,7 +22,7 @@ from seqlib.mixers import mixer_config, sized
 
 from .evaluate import score_recall
 from .recall import get_recall, make_batch
-from .recipes import Recipe
+from .recipes import Recipe, layers_of
 from .report import load_model
 from .train import DataSource, train
 
@@ -161,7 +161,7 @@ def named_mixers(wanted: Sequence[str], d_model: int) -> dict[str, list[dict[str
     """
     found = {}
     for text in wanted:
-        configs = [json.loads(text)] if text.startswith("{") else [{"kind": kind} for kind in text.split()]
+        configs = layers_of(text)
         shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for config in configs for k, v in config.items())
         found[shown] = [sized(mixer_config(config).to_dict(), d_model) for config in configs]
     return found

@@ -70,7 +70,7 @@ def _build(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: in
     from triton.compiler import ASTSource
 
     options = dict(options)
-    settings = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    settings = {name: options.pop(name) for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
     named = dict(zip(kernel.arg_names, args)) | options
     assert named.keys() == set(kernel.arg_names), named.keys() ^ set(kernel.arg_names)
     named = {name: named[name] for name in kernel.arg_names}

@@ -117,7 +117,7 @@ QWEN = {
     **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20},
     **{"decoder_sparse_step": 2, "full_attention_interval": 3},
 }
-OLMO = {**DELTA, "linear_num_value_heads": 2, "linear_value_head_dim": 12, "rope_parameters": None}
+OLMO = {**DELTA, "linear_num_value_heads": 2, "linear_value_head_dim": 12}
 ZAMBA = {
     "hidden_size": 32,
     "num_attention_heads": 4,
@@ -166,11 +166,11 @@ PORTS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "recurrent_gemma": ("recurrent_gemma", lambda: port("recurrent_gemma", **GEMMA)),
     "qwen3_next": ("qwen3_next", lambda: port("qwen3_next", **QWEN)),
     "qwen3_next-experts": ("qwen3_next", lambda: port("qwen3_next", **QWEN | {"decoder_sparse_step": 1})),
-    "olmo_hybrid": ("olmo_hybrid", lambda: port("olmo_hybrid", **OLMO)),
-    "olmo_hybrid-rope": (
+    "olmo_hybrid": (
         "olmo_hybrid",
-        lambda: port("olmo_hybrid", **OLMO | {"rope_parameters": None, "rope_theta": 1e4}),
+        lambda: port("olmo_hybrid", **OLMO, rope_parameters={"rope_type": "default", "rope_theta": None}),
     ),
+    "olmo_hybrid-rope": ("olmo_hybrid", lambda: port("olmo_hybrid", **OLMO)),
     "xlstm": ("xlstm", lambda: port("xlstm", **XLSTM)),
 }
 """Layout and maker by the name of the case."""

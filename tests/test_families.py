@@ -104,6 +104,22 @@ def test_several_tokens_after_right_padding(case: str, opened) -> None:
 
 
 @cases
+def test_bfloat16_trains(case: str, opened) -> None:
+    """Logits are near those in float32, and every weight gets a finite gradient."""
+    _, folder, model = opened(case)
+    ids = torch.cat(rows()[0][:1])
+    narrow = seqlib.from_pretrained(folder, match="transformers", dtype=torch.bfloat16).train()
+    out = narrow(ids, labels=ids)
+    with torch.no_grad():
+        want = model(ids).logits
+    assert (out.logits.float() - want).square().mean().sqrt() < 5e-2 * want.square().mean().sqrt()
+    out.loss.backward()
+    for name, parameter in narrow.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+
+
+@cases
 def test_written_back_every_bit_is_there(case: str, opened, tmp_path) -> None:
     _, folder, model = opened(case)
     seqlib.export(model, PORTS[case][0] if case in PORTS else REDERIVED[case].layout, tmp_path)

@@ -12,6 +12,7 @@ from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.hippo import hippo
 from seqlib.mixers import Mixer, build_mixer
 from seqlib.mixers.lmu import _discrete
+from seqlib.ops.long_conv import SparseConv
 from seqlib.sequence import SequenceInfo
 
 D_MODEL = 6
@@ -53,6 +54,14 @@ LRA = {
         None,
     ),
 }
+
+
+@pytest.mark.parametrize(("task", "sparse"), [("listops", True), ("text", True), ("image", False), ("pathx", False)])
+@torch.no_grad()
+def test_published_kernels_of_few_bends_decode_by_them(task: str, sparse: bool) -> None:
+    mixer = _mixer(2, kind="sgconv", **LRA[task][0])
+    _, state = mixer.step(torch.zeros(1, 2).double(), mixer.initial_state(1))
+    assert isinstance(state.conv, SparseConv) == sparse
 
 
 @pytest.mark.parametrize("task", LRA)
@@ -147,7 +156,10 @@ def test_two_directions_of_sgconv() -> None:
 
 
 STREAMS = [
-    {"kind": "sgconv", "l_max": 20, "kernel_dim": 3},
+    {"kind": "sgconv", "l_max": 20, "kernel_dim": 3},  # few bends
+    {"kind": "sgconv", "l_max": 160, "kernel_dim": 40},  # many
+    {"kind": "sgconv", "l_max": 20, "kernel_dim": 2, "interpolation": "nearest"},
+    {"kind": "sgconv", "l_max": 20, "kernel_dim": 3, "decay": "power"},
     {"kind": "hyena", "l_max": 20, "d_filter": 5},
     {"kind": "sgconv", "l_max": 1, "kernel_dim": 1},
 ]
@@ -178,7 +190,7 @@ def test_streams_change_between_steps_and_spans(config: dict) -> None:
     _same(mixer.step(x[:, begin], state)[0], want[:, begin])
 
 
-@pytest.mark.parametrize("config", STREAMS[:2], ids=lambda c: c["kind"])
+@pytest.mark.parametrize("config", [STREAMS[0], STREAMS[1], STREAMS[4]], ids=str)
 @torch.no_grad()
 def test_streams_hear_of_a_new_kernel(config: dict) -> None:
     mixer, x = _mixer(**config), _input(1, 30)

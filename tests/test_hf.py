@@ -11,10 +11,12 @@ import torch
 from hf_models import STACKS, prompt, tiny, tiny_config
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
+from test_mixers import VARIANTS
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from seqlib.errors import CheckpointMismatch, ConfigError
 from seqlib.hf import SeqlibConfig, SeqlibForCausalLM, SeqlibForSequenceClassification, SeqlibModel
+from seqlib.mixers import MIXERS
 from seqlib.mixers.mamba import MambaConfig
 
 stacks = pytest.mark.parametrize("stack", STACKS)
@@ -142,6 +144,21 @@ def test_saved_model_comes_back(stack: str, tied: bool, tmp_path) -> None:
     assert same_weights(AutoModel.from_pretrained(tmp_path), model.model)
     (ids,) = prompt(6)
     assert torch.equal(opened(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_every_mixer_is_built_without_memory_and_loaded(kind: str, tmp_path) -> None:
+    """from_pretrained builds models on the meta device and then fills them; all variants of a kind as layers of one."""
+    torch.manual_seed(0)
+    mixers = {f"v{i}": {"kind": kind, **options} for i, options in enumerate(VARIANTS[kind])}
+    shape = {"d_model": 32, "n_layer": len(mixers), "vocab_size": 16, "layer_pattern": list(mixers)}
+    model = SeqlibForCausalLM(SeqlibConfig(**shape, mixers=mixers, use_cache=False)).eval()
+    model.save_pretrained(tmp_path)
+    opened = SeqlibForCausalLM.from_pretrained(tmp_path)
+    assert same_weights(opened, model)
+    ids = torch.randint(16, (1, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(opened(ids).logits, model(ids).logits)
 
 
 def test_sharded_model_comes_back(tmp_path) -> None:

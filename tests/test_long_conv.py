@@ -8,7 +8,7 @@ import torch
 from seqlib import native
 from seqlib.errors import UnsupportedInput
 from seqlib.ops import long_conv
-from seqlib.ops.long_conv import OnlineConv, step
+from seqlib.ops.long_conv import OnlineConv, SparseConv, step
 from seqlib.ops.long_conv.torch_impl import fast_length
 from seqlib.sequence import SequenceInfo
 
@@ -98,6 +98,38 @@ def test_online_equals_one_pass(length: int, prompt: int) -> None:
     assert torch.allclose(torch.stack(ys, 1), whole[:, prompt:], atol=1e-12)
     rows = state.reorder(torch.tensor([1, 1]))
     assert torch.equal(rows.inputs[0], state.inputs[1]) and rows.position == 300
+
+
+def _straight_pieces(d: int, *lengths: int) -> torch.Tensor:
+    """Kernels of straight pieces that meet with jumps."""
+    pieces = [torch.randn(d, 1) + torch.randn(d, 1) * torch.linspace(0, 1, n, dtype=torch.float64) for n in lengths]
+    return torch.cat(pieces, 1)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (3,), (1, 1, 2, 4, 8), (30, 60)])
+@pytest.mark.parametrize("prompt", [0, 1, 45, 200])
+def test_straight_kernels_equal_one_pass_by_their_bends(lengths: tuple[int, ...], prompt: int) -> None:
+    kernel = _straight_pieces(3, *lengths)
+    x, _, D = _draw(2, prompt + 300, 3, 1, torch.float64)
+    whole, _ = long_conv(x, kernel, D=D)
+    conv = SparseConv(kernel, D)
+    assert len(conv.taps) <= 4 * len(lengths) + 1
+    state = conv.start(x[:, :prompt])
+    ys = [conv.step(x[:, t], state) for t in range(prompt, prompt + 300)]
+    assert torch.allclose(torch.stack(ys, 1), whole[:, prompt:], atol=1e-10)
+    kept = min(300, kernel.shape[1] - 1)
+    assert torch.allclose(state.last(kept), x[:, x.shape[1] - kept :], atol=1e-10)
+
+
+def test_double_sums_do_not_grow() -> None:
+    """Thousands of equal inputs: without what is taken off them the sums would reach 10^7 here and lose digits."""
+    kernel = _straight_pieces(2, 16, 16, 32)
+    conv = SparseConv(kernel)
+    state = conv.start(torch.zeros(1, 0, 2))
+    for _ in range(5000):
+        y = conv.step(torch.ones(1, 2).double(), state)
+        assert float(state.sums.abs().max()) < 2 * 66**2
+    assert torch.allclose(y[0], kernel.sum(1), atol=1e-11)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -304,6 +304,10 @@ def test_settings_change_recipes() -> None:
     ):
         with pytest.raises(ConfigError):
             dataclasses.replace(recipe, **change)
+    turns = tiny("mqar", "n_layer=2", mixer="gated_conv based")
+    assert turns.layer_pattern == "m m1" and [m["kind"] for m in turns.mixers.values()] == ["gated_conv", "based"]
+    with pytest.raises(ConfigError, match="no JSON object"):
+        tiny("mqar", mixer='{"kind": mamba}')
     with pytest.raises(ConfigError, match="there is no recipe 's4' for mqar"):
         find_recipe("s4", "mqar")
 
@@ -366,8 +370,8 @@ def test_suite_ranks_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         suite.run_suite("smoke", minutes=5, **(asked | {"mixers": ["x"]}))
 
 
-# A sum has no size of its own: it says which mixers it is made of.
-@pytest.mark.parametrize("kind", sorted(MIXERS.keys() - {"sum"}))
+# These two have no size of their own: they say which mixers they are made of.
+@pytest.mark.parametrize("kind", sorted(MIXERS.keys() - {"shared", "sum"}))
 def test_every_mixer_has_a_size_for_the_suite(kind: str) -> None:
     for d_model in (16, 64):
         ((config,),) = suite.named_mixers([kind], d_model).values()

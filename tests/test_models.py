@@ -14,6 +14,7 @@ from seqlib.models import Backbone, BackboneConfig, LanguageModel, lm_loss, para
 from seqlib.models.config import expand_pattern
 from seqlib.models.heads import finish_logits, pool
 from seqlib.ops import rms_norm
+from seqlib.ops.linear_cross_entropy import torch_impl
 from seqlib.sequence import SequenceInfo
 
 HYBRID = BackboneConfig(
@@ -187,7 +188,7 @@ def test_residual_stream_is_float32() -> None:
 @pytest.mark.parametrize("num_items", [None, 7])
 @pytest.mark.parametrize("shape", [{}, {"scale": 0.3}, {"scale": 2.0, "softcap": 1.5}])
 def test_lm_loss_is_cross_entropy(monkeypatch, chunk: int, num_items: int | None, shape: dict) -> None:
-    monkeypatch.setattr("seqlib.models.heads._LOGITS", chunk)
+    monkeypatch.setitem(torch_impl.LOGITS, "cpu", chunk)
     hidden = torch.randn(2, 11, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(13, 8, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(13, (2, 11))

@@ -13,6 +13,7 @@ from seqlib.mixers import build_mixer
 from seqlib.ops import attention, path_attention
 from seqlib.ops.attention import KVState
 from seqlib.ops.path_attention import PathState, step
+from seqlib.sequence import SequenceInfo
 
 
 def _inputs(batch: int, seqlen: int, nheads: int = 2, headdim: int = 6, dtype=torch.float64) -> list[Tensor]:
@@ -76,6 +77,23 @@ def test_keys_stay_float32_in_a_16_bit_model() -> None:
     _, state = mixer(torch.randn(1, 5, 16).bfloat16())
     assert (state.kv.k.dtype, state.kv.v.dtype) == (torch.float32, torch.bfloat16)
     assert mixer.initial_state(1, 4).kv.k.dtype == torch.float32
+
+
+def test_padding_is_absent_whatever_stands_there() -> None:
+    inputs = _inputs(3, 20)
+    real = torch.ones(3, 20, dtype=torch.bool)
+    real[0, :11], real[1, 15:], real[1, 5:7], real[2] = False, False, False, False
+    for t in inputs:
+        t[~real] = torch.nan
+    _, start = path_attention(*_inputs(3, 7))
+    for state in (None, start):
+        y, after = path_attention(*inputs, state=state, seq=SequenceInfo(padding_mask=real), chunk_size=4)
+        assert bool((y[~real] == 0).all())
+        for row in range(2):
+            alone = None if state is None else state.reorder(torch.tensor([row]))
+            want, own = path_attention(*(t[row : row + 1, real[row]] for t in inputs), state=alone, chunk_size=4)
+            _close(y[row, real[row]], want[0])
+            _close(after.k[row, : int(own.length)], own.k[0, : int(own.length)])
 
 
 def test_gradients_take_linear_memory() -> None:

@@ -15,6 +15,7 @@ from seqlib.mixers import build_mixer
 from seqlib.ops import linear_attention, rpe_attention
 from seqlib.ops.attention import KVState
 from seqlib.ops.rpe_attention import OP, ExponentialState, WindowState, facts, fit_exponentials, step
+from seqlib.sequence import SequenceInfo
 
 forms = pytest.mark.parametrize("form", ["chunked", "parallel", "reference"])
 
@@ -97,6 +98,30 @@ def test_gradients_take_linear_memory(form: str) -> None:
 
     assert _largest(run) <= 3 * seqlen * seqlen // 16
     assert held <= 3 * seqlen * 500
+
+
+@pytest.mark.parametrize("kind", ["window", "exponentials", "bidirectional"])
+def test_padding_is_absent_whatever_stands_there(kind: str) -> None:
+    q, k, v, bias = _inputs(20, 9)
+    real = torch.ones(2, 20, dtype=torch.bool)
+    real[0, :11], real[1, 15:], real[1, 5:7] = False, False, False
+    for t in (q, k, v):
+        t[~real] = torch.nan
+    options: dict = {"causal": kind != "bidirectional"}
+    if kind == "exponentials":
+        options["exponentials"] = fit_exponentials(bias, 3)
+    starts = [None]
+    if options["causal"]:
+        starts.append(rpe_attention(*_inputs(7, 9)[:3], bias, **options)[1])
+    for state in starts:
+        y, after = rpe_attention(q, k, v, bias, state=state, seq=SequenceInfo(padding_mask=real), **options)
+        assert bool((y[~real] == 0).all())
+        for row in range(2):
+            alone = None if state is None else state.reorder(torch.tensor([row]))
+            want, own = rpe_attention(*(t[row : row + 1, real[row]] for t in (q, k, v)), bias, state=alone, **options)
+            _close(y[row, real[row]], want[0])
+            for a, b in zip(after.tensors(), own.tensors()):
+                _close(a[row], b[0])
 
 
 def test_steps_through_a_window_are_exact() -> None:

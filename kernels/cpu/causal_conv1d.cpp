@@ -4,7 +4,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "seqlib.h"
+#include "steps.h"
 
 namespace seqlib {
 namespace {
@@ -176,6 +176,8 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv1d_bwd(const Tensor& dy, const Opt
   return {dx, torch::stable::sum(partial, over), dstate};
 }
 
+}  // namespace
+
 Tensor causal_conv1d_step(const Tensor& x, const Tensor& weight, const OptTensor& bias, Tensor state, bool silu) {
   check_float(x, "x");
   STD_TORCH_CHECK(state.is_contiguous() && state.scalar_type() == x.scalar_type(), "state must be contiguous, like x");
@@ -193,7 +195,6 @@ Tensor causal_conv1d_step(const Tensor& x, const Tensor& weight, const OptTensor
   return y;
 }
 
-}  // namespace
 }  // namespace seqlib
 
 STABLE_TORCH_LIBRARY_IMPL(seqlib, CPU, m) {

@@ -4,7 +4,7 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "seqlib.h"
+#include "steps.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -38,11 +38,15 @@ void prefer_large_pages(const void* p, size_t bytes) {
 #endif
 }
 
+}  // namespace
+
 Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
   check_float(x, "x");
   check_float(weight, "weight");
-  const Tensor xs = torch::stable::contiguous(is_bf16(x) ? torch::stable::to(x, Scalar::Float) : x);
-  const Tensor w = torch::stable::contiguous(weight);
+  STD_TORCH_CHECK(weight.dim() == 2 && x.size(-1) == weight.size(1), "weight must be (d_out, ", x.size(-1), ")");
+  // Asking costs less than a call that has nothing to do.
+  auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
+  const Tensor xs = dense(is_bf16(x) ? torch::stable::to(x, Scalar::Float) : x), w = dense(weight);
   const OptTensor b = bias ? OptTensor(torch::stable::contiguous(torch::stable::to(*bias, Scalar::Float))) : std::nullopt;
   prefer_large_pages(w.data_ptr(), w.numel() * w.element_size());
   LinearArgs a{};
@@ -62,7 +66,6 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
   return is_bf16(x) ? torch::stable::to(y, Scalar::BFloat16) : y;
 }
 
-}  // namespace
 }  // namespace seqlib
 
 STABLE_TORCH_LIBRARY_IMPL(seqlib, CPU, m) { m.impl("linear", TORCH_BOX(&seqlib::linear)); }

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "seqlib.h"
+#include "steps.h"
 
 namespace seqlib {
 namespace {
@@ -171,6 +171,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {dx, ddt, over(dA, 0), over(dB, 2), over(dC, 2), over(dD, 0), dz, over(dbias, 0), dinitial};
 }
 
+// A measurement for benchmarks: 2^x of every element of x, `repeats` times over, on one thread.
+Tensor exp_floor(const Tensor& x, int64_t repeats) {
+  check_f32(x, "x");
+  STD_TORCH_CHECK(x.numel() % 64 == 0, "exp_floor needs a multiple of 64 elements");
+  Tensor y = empty_as(x);
+  exp_floor_for()({data<float>(x), data<float>(y), x.numel()}, 0, repeats);
+  return y;
+}
+
+}  // namespace
+
 Tensor selective_scan_step(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
                            Tensor state, const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias,
                            bool dt_softplus) {
@@ -202,16 +213,6 @@ Tensor selective_scan_step(const Tensor& x, const Tensor& dt, const Tensor& A, c
   return y;
 }
 
-// A measurement for benchmarks: 2^x of every element of x, `repeats` times over, on one thread.
-Tensor exp_floor(const Tensor& x, int64_t repeats) {
-  check_f32(x, "x");
-  STD_TORCH_CHECK(x.numel() % 64 == 0, "exp_floor needs a multiple of 64 elements");
-  Tensor y = empty_as(x);
-  exp_floor_for()({data<float>(x), data<float>(y), x.numel()}, 0, repeats);
-  return y;
-}
-
-}  // namespace
 }  // namespace seqlib
 
 STABLE_TORCH_LIBRARY_IMPL(seqlib, CPU, m) {

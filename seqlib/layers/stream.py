@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seqlib.ops.long_conv import OnlineConv, OnlineState
+from seqlib.ops.long_conv import OnlineConv, OnlineState, SparseConv, SparseState
 from seqlib.sequence import State
 
 __all__ = ["InputsState"]
@@ -18,32 +18,30 @@ __all__ = ["InputsState"]
 class InputsState(State):
     """The last inputs of a `long_conv` whose kernel has `length` lags.
 
-    Decoding adds to it what `OnlineConv` keeps, two rings of about the same size in float32; `inputs` then stays as it
-    was when decoding began, and the inputs since lie in a ring.
+    Decoding adds to it what `OnlineConv` or `SparseConv` keeps, rings of about twice the size in float32; `inputs` then
+    stays as it was when decoding began, and the inputs since lie in a ring.
 
     Args:
         inputs: (batch, length - 1, d), oldest first.
     """
 
     inputs: Tensor
-    online: OnlineState | None = None
-    conv: OnlineConv | None = None
+    online: OnlineState | SparseState | None = None
+    conv: OnlineConv | SparseConv | None = None
 
     def past(self) -> Tensor:
         """(batch, length - 1, d), the last inputs up to now."""
         if self.online is None or self.online.position == 0:
             return self.inputs
-        t, ring = self.online.position, self.online.inputs
-        new = min(t, self.inputs.shape[1])
-        at = torch.arange(t - new, t, device=ring.device) % ring.shape[2]
-        return torch.cat([self.inputs[:, new:], ring[..., at].transpose(1, 2).to(self.inputs.dtype)], 1)
+        new = min(self.online.position, self.inputs.shape[1])
+        return torch.cat([self.inputs[:, new:], self.online.last(new).to(self.inputs.dtype)], 1)
 
-    def step(self, x: Tensor, conv: OnlineConv) -> Tensor:
+    def step(self, x: Tensor, conv: OnlineConv | SparseConv) -> Tensor:
         """The output (batch, d) of `conv` for the next input (batch, d); changes this state."""
         if self.online is None or self.conv is not conv:  # the first step, or the kernel has changed
             self.inputs = self.past()
             self.online, self.conv = conv.start(self.inputs), conv
-        return conv.step(x, self.online)
+        return conv.step(x, self.online)  # type: ignore[arg-type]
 
     def tensors(self) -> Iterator[Tensor]:
         """The inputs, in one form whether decoding has begun or not."""

@@ -188,7 +188,7 @@ class Shared(Mixer[SharedConfig]):
     splits its layers over devices has to keep those that share on one.
 
     Source: Zamba (Glorioso et al. 2024, arXiv 2405.16712), section 2; adapters per depth: Zamba2 (arXiv 2411.15242),
-    section 2, whose own blocks, which read the embeddings too, are `models.shared`.
+    section 2, whose own blocks, which read the embeddings too, are `models.aside`.
     """
 
     Config: ClassVar[type[MixerConfig]] = SharedConfig

@@ -105,10 +105,11 @@ class Hyena(Mixer[HyenaConfig]):
         c = self.config
         linear_(self.in_proj)
         self.conv1d.reset_parameters()
-        index = torch.arange(c.l_max, dtype=torch.float64)
+        exact: dict[str, Any] = {"dtype": torch.float64, "device": self.D.device}
         bands = (c.d_position - 1) // 2
-        angle = 2 * math.pi / c.l_max * index[:, None] * torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64)
-        fill_(self.positions, torch.cat([self._time()[:, None].cpu(), angle.cos(), -angle.sin()], 1))
+        frequencies = 2 * math.pi / c.l_max * torch.linspace(1e-4, bands - 1, bands, **exact)
+        angle = torch.arange(c.l_max, **exact)[:, None] * frequencies
+        fill_(self.positions, torch.cat([self._time()[:, None], angle.cos(), -angle.sin()], 1))
         fill_(self.frequency, c.frequency)
         for layer in self.filter:
             assert isinstance(layer, nn.Linear)

@@ -14,6 +14,7 @@ from seqlib.layers.init import dt_bias_, fill_, linear_, uniform_
 from seqlib.layers.linear import Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
+from seqlib.mixers.fused import fusible
 from seqlib.ops import rms_norm, selective_scan
 from seqlib.ops.selective_scan import step as scan_step
 from seqlib.sequence import SequenceInfo, State
@@ -131,6 +132,10 @@ class Mamba(Mixer[MambaConfig]):
         return self.out_proj(y), MambaState(conv, ssm)
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        if self.config.inner_norm == "none" and fusible(
+            self, x, state.ssm, "linear", "causal_conv1d", "selective_scan"
+        ):
+            return self._whole_step(x, state), state
         x, z = self.in_proj(x).chunk(2, -1)
         x = self.conv1d.step(x, state.conv)
         dt, B, C = self._dt_B_C(x)
@@ -139,12 +144,21 @@ class Mamba(Mixer[MambaConfig]):
         )
         return self.out_proj(y), state
 
+    def _whole_step(self, x: Tensor, state: MambaState) -> Tensor:
+        conv, into, out = self.conv1d, self.in_proj, self.out_proj
+        return torch.ops.seqlib.mamba_step.default(
+            x, into.weight, into.bias, conv.weight, conv.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
+            self._A_kept(), self.D, out.weight, out.bias, state.conv, state.ssm,
+        )  # fmt: skip
+
     def _A(self) -> Tensor:
         return -torch.exp(wide(self.A_log))
 
     def _A_kept(self) -> Tensor:
         """`_A` without gradient, computed again only when A_log has changed."""
         if torch.compiler.is_compiling():
+            return self._A()
+        if self.A_log.is_inference():  # such tensors count no writes
             return self._A()
         key = (self.A_log.data_ptr(), self.A_log._version)
         if self._kept is None or self._kept[0] != key:

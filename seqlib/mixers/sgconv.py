@@ -18,10 +18,13 @@ from seqlib.layers.stream import InputsState
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide
 from seqlib.mixers.lti import ConvConfig, NoState, refuse_state
 from seqlib.ops import long_conv
-from seqlib.ops.long_conv import OnlineConv
+from seqlib.ops.long_conv import OnlineConv, SparseConv
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["SGConv", "SGConvConfig"]
+
+# Up to this many bends of the kernel decoding sums over them; `OnlineConv` needs about as much work with more.
+SPARSE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,8 @@ class SGConv(Mixer[SGConvConfig]):
     `norm` is the size of k at the start, per channel, and stays; it is a buffer. The reverse kernel of a bidirectional
     layer begins at lag -1. Weight decay does act on the kernel.
 
-    State: the last `length - 1` inputs; see `InputsState`. There is no recurrence of finite size.
+    State: the last `length - 1` inputs; see `InputsState`. There is no recurrence of finite size, but scales are made
+    of straight pieces, so with few parameters per scale decoding costs as much as the kernel has bends.
 
     Source: Li et al. 2022 (arXiv 2210.09298), section 3; ctlllll/SGConv, gconv_standalone.py, whose `norm` is taken in
     the first forward pass.
@@ -126,16 +130,17 @@ class SGConv(Mixer[SGConvConfig]):
         if c.kernel_init == "randn":
             normal_(self.kernels, 1.0)
         else:
-            at = torch.linspace(0, 2 * math.pi, c.kernel_dim)
-            waves = torch.cos(at * torch.arange(self.d_model)[:, None])
-            dealt = torch.stack([waves[torch.randperm(self.d_model)] for _ in range(c.scales)])
+            device = self.kernels.device  # named, because transformers loads with a default of its own
+            at = torch.linspace(0, 2 * math.pi, c.kernel_dim, device=device)
+            waves = torch.cos(at * torch.arange(self.d_model, device=device)[:, None])
+            dealt = torch.stack([waves[torch.randperm(self.d_model, device=device)] for _ in range(c.scales)])
             fill_(self.kernels, dealt[:, None])
         if c.decay != "scale":
             fill_(self.powers, torch.rand(self.d_model).mul(c.decay_max - c.decay_min).add(c.decay_min))
         normal_(self.D, 1.0)
         self.readout.reset_parameters()
         with torch.no_grad():
-            fill_(self.kernel_norm, self._whole().norm(dim=-1, keepdim=True))
+            fill_(self.kernel_norm, self._whole(wide(self.kernels)).norm(dim=-1, keepdim=True))
 
     def param_groups(self) -> list[tuple[list[str], dict[str, Any]]]:
         names = ["kernels"] + (["powers"] if self.config.decay == "power" else [])
@@ -143,13 +148,15 @@ class SGConv(Mixer[SGConvConfig]):
 
     def kernel(self) -> Tensor:
         """(directions, d_model, length) float32 (float64 for float64 parameters)."""
-        return self._kept("kernel", None, self._sources(), lambda: self._whole() / wide(self.kernel_norm))
+        return self._kept(
+            "kernel", None, self._sources(), lambda: self._whole(wide(self.kernels)) / wide(self.kernel_norm)
+        )
 
     def _sources(self) -> list[Tensor]:
         return [self.kernels, self.kernel_norm, *([] if self.config.decay == "scale" else [self.powers])]
 
-    def _whole(self) -> Tensor:
-        c, scales = self.config, wide(self.kernels)
+    def _whole(self, scales: Tensor) -> Tensor:
+        c = self.config
         linear = c.interpolation == "linear"
         parts = [
             F.interpolate(w, size=n, mode=c.interpolation, align_corners=False if linear else None)
@@ -183,8 +190,15 @@ class SGConv(Mixer[SGConvConfig]):
         return self.readout(y), InputsState(inputs)
 
     def step(self, x: Tensor, state: InputsState) -> tuple[Tensor, InputsState]:
-        conv = self._kept("online", None, [*self._sources(), self.D], lambda: OnlineConv(self.kernel()[0], self.D))
+        conv = self._kept("online", None, [*self._sources(), self.D], self._make_online)
         return self.readout(state.step(x, conv)), state
+
+    def _make_online(self) -> OnlineConv | SparseConv:
+        if self.config.decay == "scale":
+            sparse = SparseConv(self._whole(self.kernels.double())[0] / self.kernel_norm[0].double(), self.D)
+            if len(sparse.taps) <= SPARSE:
+                return sparse
+        return OnlineConv(self.kernel()[0], self.D)
 
     def initial_state(
         self,

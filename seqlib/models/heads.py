@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,12 +11,10 @@ from seqlib.layers.init import normal_
 from seqlib.layers.linear import Linear
 from seqlib.models.backbone import Backbone
 from seqlib.models.config import BackboneConfig
+from seqlib.ops.linear_cross_entropy import linear_cross_entropy
 from seqlib.sequence import SequenceInfo, StateList
 
 __all__ = ["Embedding", "LanguageModel", "NumberEmbedding", "finish_logits", "lm_loss", "pool"]
-
-_LOGITS = 1 << 24
-"""Logits held at a time by `lm_loss`, in elements (64 MB in float32)."""
 
 
 def lm_loss(
@@ -35,10 +31,8 @@ def lm_loss(
 
         loss = sum_t -log softmax(scale * hidden_t weight^T)[labels_{t+1}] / num_items
 
-    With softcap the logits go through `finish_logits`.
-
-    Logits exist for a few positions at a time only, in float32, and their gradients are taken on the spot: memory is
-    O(d_model * vocab_size), not O(seqlen * vocab_size).
+    With softcap the logits go through `finish_logits`. They exist for a few positions at a time only, see
+    `seqlib.ops.linear_cross_entropy`.
 
     Args:
         hidden: (batch, seqlen, d_model).
@@ -54,56 +48,11 @@ def lm_loss(
     if hidden.shape[:2] != labels.shape:
         raise UnsupportedInput(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1)
-    scored = targets != ignore_index
-    count = scored.sum() if num_items is None else torch.as_tensor(num_items, device=hidden.device)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return _LinearCrossEntropy.apply(rows, weight, targets, count, ignore_index, scale, softcap)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        count: Tensor,
-        ignore_index: int,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        high = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        chunk = max(1, _LOGITS // weight.shape[0])
-        total = rows.new_zeros((), dtype=high)
-        needs_rows, needs_weight = ctx.needs_input_grad[:2]
-        drows = torch.zeros_like(rows) if needs_rows else None
-        dweight = torch.zeros_like(weight, dtype=high) if needs_weight else None
-        for begin in range(0, rows.shape[0], chunk):
-            part, target = rows[begin : begin + chunk], targets[begin : begin + chunk]
-            scored = target != ignore_index
-            logits = finish_logits((part.to(weight.dtype) @ weight.t()).to(high), scale, softcap)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            index = torch.where(scored, target, 0).unsqueeze(-1)
-            total += ((log_z - logits.gather(-1, index)).squeeze(-1) * scored).sum()
-            if drows is None and dweight is None:
-                continue
-            dlogits = (logits - log_z).exp_()
-            dlogits.scatter_add_(-1, index, dlogits.new_full((1, 1), -1.0).expand_as(index))
-            dlogits = dlogits.mul_(scored.unsqueeze(-1)).div_(count / scale)
-            if softcap is not None:
-                dlogits *= 1 - (logits / softcap).square()
-            dlogits = dlogits.to(weight.dtype)
-            if drows is not None:
-                drows[begin : begin + chunk] = dlogits @ weight
-            if dweight is not None:
-                dweight += dlogits.t() @ part.to(weight.dtype)
-        ctx.save_for_backward(drows, None if dweight is None else dweight.to(weight.dtype))
-        return total / count
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        drows, dweight = ctx.saved_tensors
-        return *(None if t is None else t * grads[0].to(t.dtype) for t in (drows, dweight)), *(None,) * 5
+    divisor = None if num_items is None else torch.as_tensor(num_items, device=hidden.device)
+    return linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets,
+        divisor=divisor, ignore_index=ignore_index, scale=scale, softcap=softcap,
+    )  # fmt: skip
 
 
 def finish_logits(logits: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:

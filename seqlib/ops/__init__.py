@@ -5,6 +5,7 @@ from seqlib.ops.causal_conv1d import causal_conv1d
 from seqlib.ops.delta_rule import delta_rule
 from seqlib.ops.linear import linear
 from seqlib.ops.linear_attention import linear_attention
+from seqlib.ops.linear_cross_entropy import linear_cross_entropy
 from seqlib.ops.linear_scan import linear_scan
 from seqlib.ops.long_conv import long_conv
 from seqlib.ops.norm import rms_norm
@@ -19,6 +20,7 @@ __all__ = [
     "delta_rule",
     "linear",
     "linear_attention",
+    "linear_cross_entropy",
     "linear_scan",
     "long_conv",
     "path_attention",

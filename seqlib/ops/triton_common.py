@@ -7,6 +7,7 @@ sizes and the versions of both: `triton_admitted.json` beside this file for know
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -86,9 +87,11 @@ def leading(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(s for t in tensors for s in (t.stride()[:3] if t is not None else (0, 0, 0)))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
-    """Run a kernel; the one place through which all launches go."""
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Run a kernel on the device of its tensors; the one place through which all launches go."""
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, enable_fp_fusion=True, **options)
 
 
 @functools.cache

@@ -26,8 +26,24 @@ def _nothing_to_cut(facts: Facts) -> str | None:
     return None
 
 
+def _not_for_triton(facts: Facts) -> str | None:
+    widest = max(facts.size("headdim"), facts.size("headdim_v"))
+    return _nothing_to_cut(facts) or (f"heads are {widest} wide; it takes up to 128" if widest > 128 else None)
+
+
 _HERE = "seqlib.ops.attention"
 IMPLS = (
+    Impl(
+        "triton",
+        "chunked",
+        f"{_HERE}.triton_impl:attention_windowed",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("triton>=3.6",),
+        limits=_not_for_triton,
+        refuses=frozenset({"log_decay", "relu"}),
+        gate=f"{_HERE}.triton_impl:gate",
+    ),
     Impl(
         "torch",
         "chunked",
@@ -58,6 +74,7 @@ def facts(
     *,
     window: int | None = None,
     causal: bool = True,
+    relu: bool = False,
     state: KVState | None = None,
     seq: SequenceInfo | None = None,
     **_: Any,
@@ -67,17 +84,19 @@ def facts(
         "bidirectional": not causal,
         "headdim of v": v.shape[-1] != q.shape[-1],
         "log_decay": log_decay is not None,
+        "relu": relu,
         "initial_state": state is not None,
         "packed": seq is not None and seq.starts is not None,
         "padded": seq is not None and seq.padding_mask is not None,
     }
+    sizes = {"headdim": q.shape[-1], "headdim_v": v.shape[-1]} | ({} if window is None else {"window": window})
     return Facts(
         q.device.type,
         q.dtype,
         q.shape[1],
         torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         frozenset(name for name, given in used.items() if given),
-        () if window is None else (("window", window),),
+        tuple(sizes.items()),
     )
 
 
@@ -153,9 +172,10 @@ def attention(
         seq.check(q.shape[0], q.shape[1])
         if seq.group is not None:
             raise UnsupportedInput("attention runs on one process; gather keys and values over seq.group first")
-    run = OP.choose(facts(q, k, v, log_decay, window=window, causal=causal, state=state, seq=seq), form, backend)
+    options: dict[str, Any] = {"window": window, "causal": causal, "relu": relu, "state": state, "seq": seq}
+    run = OP.choose(facts(q, k, v, log_decay, **options), form, backend)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return run(q, k, v, log_decay, window=window, causal=causal, scale=scale, relu=relu, state=state, seq=seq)
+    return run(q, k, v, log_decay, scale=scale, **options)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -18,13 +18,13 @@ from seqlib.ops.attention.documents import Tokens, documents, with_past
 from seqlib.ops.attention.state import KVState, append
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["attention_chunked", "attention_parallel"]
+__all__ = ["Rule", "attend", "attention_chunked", "attention_parallel"]
 
 # Entries of a mask that may exist at one time, and the narrowest block of queries it may force.
 _MASK, _BLOCK = 1 << 19, 64
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     """Who sees whom, in coordinates that count from the first query. Per row, keys lie in begin <= j < end."""
 
     window: int | None
@@ -36,18 +36,18 @@ class _Rule(NamedTuple):
 
 
 # (queries, keys, rule) -> y, where the queries belong to the last tokens of the keys.
-_Form = Callable[[Tokens, Tokens, _Rule], Tensor]
+_Form = Callable[[Tokens, Tokens, Rule], Tensor]
 
 
 def attention_parallel(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, **options) -> tuple[Tensor, KVState]:
-    return _attention(_parallel, q, k, v, log_decay, **options)
+    return attend(_parallel, q, k, v, log_decay, **options)
 
 
 def attention_chunked(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, **options) -> tuple[Tensor, KVState]:
-    return _attention(_chunked, q, k, v, log_decay, **options)
+    return attend(_chunked, q, k, v, log_decay, **options)
 
 
-def _attention(
+def attend(
     form: _Form,
     q: Tensor,
     k: Tensor,
@@ -73,18 +73,18 @@ def _attention(
     final = append(state, k, v, sums, window=window, seq=seq)
     if seq is None or seq.shape is None:
         known, begin = with_past(state, None, keys, window)
-        return form(queries, known, _Rule(window, causal, scale, relu, begin)), final
+        return form(queries, known, Rule(window, causal, scale, relu, begin)), final
     y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
     for index, real, rows in documents(seq, has_state=state is not None):
         ours, theirs = (tuple(t.flatten(0, 1)[index] for t in tokens) for tokens in (queries, keys))
         known, begin = with_past(None if rows is None else state, rows, theirs, window)
         end = None if causal else real.sum(1)
-        part = form(ours, known, _Rule(window, causal, scale, relu, begin, end))
+        part = form(ours, known, Rule(window, causal, scale, relu, begin, end))
         y = y.index_copy(0, index[real], part[real])
     return y.unflatten(0, q.shape[:2]), final
 
 
-def _parallel(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
+def _parallel(queries: Tokens, keys: Tokens, rule: Rule) -> Tensor:
     """Every query against every key it may see; where that takes a mask, block by block of queries."""
     (batch, seqlen), total, gated = queries[0].shape[:2], keys[0].shape[1], len(queries) > 1
     past = total - seqlen
@@ -113,11 +113,11 @@ def _parallel(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _block(queries: Tokens, keys: Tokens, rule: _Rule, i: range, j: range) -> Tensor:
+def _block(queries: Tokens, keys: Tokens, rule: Rule, i: range, j: range) -> Tensor:
     return _sdpa(queries, keys, rule, attn_mask=_mask(rule, i, j, queries[0].device))
 
 
-def _chunked(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
+def _chunked(queries: Tokens, keys: Tokens, rule: Rule) -> Tensor:
     """Causal windows block by block, all at once: a block of queries sees itself and the blocks its window reaches."""
     assert rule.window is not None and rule.causal
     (batch, seqlen), past = queries[0].shape[:2], keys[0].shape[1] - queries[0].shape[1]
@@ -141,7 +141,7 @@ def _chunked(queries: Tokens, keys: Tokens, rule: _Rule) -> Tensor:
     return torch.cat([head, rest[:, : seqlen - first]], 1)
 
 
-def _mask(rule: _Rule, queries: range, keys: range, device: torch.device) -> Tensor:
+def _mask(rule: Rule, queries: range, keys: range, device: torch.device) -> Tensor:
     """(1 or batch, 1, queries, keys) bool: which keys each query may see."""
     i = torch.arange(queries.start, queries.stop, device=device)[:, None]
     j = torch.arange(keys.start, keys.stop, device=device)
@@ -159,7 +159,7 @@ def _mask(rule: _Rule, queries: range, keys: range, device: torch.device) -> Ten
     return visible
 
 
-def _sdpa(queries: Tokens, keys: Tokens, rule: _Rule, **options: Any) -> Tensor:
+def _sdpa(queries: Tokens, keys: Tokens, rule: Rule, **options: Any) -> Tensor:
     """torch's fused kernel on (batch, seqlen, nheads, headdim)."""
     scale = rule.scale
     (q, *gate), (k, v, *key_gate) = queries, keys

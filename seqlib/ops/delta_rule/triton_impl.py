@@ -43,12 +43,12 @@ def plans(kind: str, dtype: torch.dtype, d_state: int, headdim: int, capability:
     half, tile = dtype == torch.bfloat16, common.tile
     chunk = 16 if kind == "channel" or not half else 64 if capability >= 90 else 32
     whole, narrow = tile(d_state, 256), 64 if half else 32
-    side = tile(headdim, 32 if whole <= 128 else 16)
+    side = tile(headdim, 32 if whole <= (128 if half else 64) else 16)
     return [
         Plan(
             chunk,
             (tile(d_state, narrow), 16, 4, stages),
-            (whole, side, 8 if whole > 64 else 4, stages),
+            (whole, side, 8 if whole > 64 else 4, stages if whole <= 128 else 1),
             (tile(d_state, 32), tile(headdim, 32), 8 if chunk == 64 else 4, stages),
             (tile(d_state, narrow), tile(headdim, narrow), 4, stages),
         )
@@ -112,7 +112,7 @@ def forward(
             kept.append(state)
         part = call.part(begin, end)
         _, u, entries, state = part.correct(state)
-        part.mix(u, entries, y[:, begin:end])
+        part.mix(part.q, part.k, u, entries, y[:, begin:end])
     assert state is not None
     return y, state, torch.stack(kept) if kept else state.new_empty(0)
 
@@ -239,17 +239,16 @@ class _Call(Call):
         )
         return inverse, u, entries, final
 
-    def mix(self, u: Tensor, entries: Tensor, y: Tensor) -> None:
-        """Linear attention with the corrections for values."""
-        q, k = self.q, self.k
+    def mix(self, x: Tensor, z: Tensor, u: Tensor, states: Tensor | None, out: Tensor, *, turned: bool = False) -> None:
+        """Linear attention, with the corrections for values."""
         common.launch(
             mix,
             (self.batch * self.nheads * self.nchunks, triton.cdiv(self.headdim, self.plan.mix[1])),
-            *(q, k, u, self.g, self.ids, self.before, entries, y),
-            *(*common.leading(q, k, u), *self.gate_strides(), y.stride(0) // y.stride(1), self.seqlen, self.nheads),
-            *(self.shared(q), self.shared(k), self.scale),
+            *(x, z, u, self.g, self.ids, self.before, states, out),
+            *(*common.leading(x, z, u), *self.gate_strides(), out.stride(0) // out.stride(1), self.seqlen),
+            *(self.nheads, self.shared(x), self.shared(z), self.scale),
             **self.constants(*self.plan.mix),
-            TURNED=False,
+            TURNED=turned,
         )
 
     def backward(
@@ -267,6 +266,7 @@ class _Call(Call):
         q, k, v, beta, heads = self.q, self.k, self.v, self.gates[1], self.batch * self.nheads
         inverse, u, entries, _ = self.correct(start)
         x = self.tokens(self.headdim, self.products.stored)
+        self.mix(k, q, dy, None, x, turned=True)
         exits, dinitial = self.states(self.products.stored, self.nchunks), self.states()
         rows = dv.stride(0) // dv.stride(1)
         sizes = (rows, self.seqlen, self.nheads, self.shared(q), self.shared(k), self.scale)

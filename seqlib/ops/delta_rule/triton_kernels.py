@@ -73,7 +73,7 @@ def inverses(
     t = tl.where(later == earlier, 1.0, 0.0)
     t -= tl.where((later // 2 == earlier // 2) & (later > earlier), a, 0.0)
     for level in tl.static_range(1, 6):
-        size: tl.constexpr = 2**level
+        size = 2**level
         if size < C:
             joins = (later // (2 * size) == earlier // (2 * size)) & (later // size > earlier // size)
             below = tl.dot(tl.where(joins, a, 0.0), t, input_precision="tf32x3")
@@ -134,7 +134,8 @@ def adjoints(
     N: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
     PACKED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X, the gradient of v and that of the state which leaves each chunk, from the last chunk to the first."""
+    """X, the gradient of v and that of the state which leaves each chunk, from the last chunk to the first. Comes with
+    the part of dU that is due to y in x."""
     row = tl.program_id(0).to(tl.int64)
     b, h = row // nheads, row % nheads
     i, j, p = tl.arange(0, C), tl.arange(0, BN), tl.arange(0, BP) + tl.program_id(1) * BP
@@ -160,14 +161,11 @@ def adjoints(
         rates = _rates(beta, b * sbb + h * sbh + t0 * sbl, sbl, n, C)
         given = load(dy + t0 * sdl, i, n, sdl, p, P, 1)
         inverse_t = tl.load(inverse + (row * nchunks + c) * C * C + square)
+        du = load(x + t0 * nheads * P, i, n, nheads * P, p, P, 1).to(tl.float32)
         if KIND == "channel":
-            scores = channel_scores(
-                q + t0 * sql, k + t0 * skl, g + gates, n, sql, skl, sgl, j, N, C, FINE, FINE_PRECISION, True
-            )
-            scores = weigh(scores, 0, here, KIND, PACKED, C, True) * scale
             reach, _, passed = channel_factors(g + gates, i, n, sgl, j, N, here, entry, last, PACKED, True)
             _, left, _ = channel_factors(g + gates, i, n, sgl, j, N, here, entry, last, PACKED, False)
-            du = dot(scores, given, DOT, PRECISION) + dot(keys.to(tl.float32) * left, dstate, DOT, PRECISION)
+            du += dot(keys.to(tl.float32) * left, dstate, DOT, PRECISION)
             new = dot(inverse_t, du, FINE, FINE_PRECISION)
             dstate *= passed[:, None]
             dstate += dot(turned_q.to(tl.float32) * reach * scale, given, DOT, PRECISION)
@@ -175,8 +173,7 @@ def adjoints(
         else:
             cs, total = sums(g, gates, sgl, n, C, KIND)
             reach, left, passed = factors(cs, total, here, entry, last, PACKED)
-            scores = weigh(dot(keys, turned_q, DOT, PRECISION), cs, here, KIND, PACKED, C, True) * scale
-            du = dot(scores, given, DOT, PRECISION) + dot(keys, dstate, DOT, PRECISION) * left[:, None]
+            du += dot(keys, dstate, DOT, PRECISION) * left[:, None]
             new = dot(inverse_t, du, FINE, FINE_PRECISION)
             dstate *= passed
             dstate += dot(turned_q, given.to(tl.float32) * (reach * scale)[:, None], DOT, PRECISION)

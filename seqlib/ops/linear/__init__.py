@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, preferred
 from seqlib.errors import UnsupportedInput
 
-__all__ = ["FEW_ROWS", "IMPLS", "OP", "linear"]
+__all__ = ["FEW_ROWS", "IMPLS", "OP", "few_rows", "linear"]
 
 FEW_ROWS = 8
 """Up to here one pass over the weight serves all rows; beyond, a matrix product is the better tool."""
@@ -71,3 +72,20 @@ def linear(
     if weight.device != x.device or (bias is not None and bias.device != x.device):
         raise UnsupportedInput("x, weight and bias must be on one device; move them with .to(x.device)")
     return OP.choose(facts(x, weight, bias), form, backend)(x, weight, bias)
+
+
+_few: dict[tuple[torch.dtype, str, str], Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {}
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of up to FEW_ROWS rows in one dtype, without gradient or checks: dozens of layers call it per token.
+
+    Which row runs depends on nothing but dtype, device and backend here, so that is all that is looked at.
+    """
+    if torch.compiler.is_compiling():
+        return linear(x, weight, bias)
+    key = (x.dtype, x.device.type, preferred("linear"))
+    run = _few.get(key)
+    if run is None:
+        run = _few[key] = OP.choose(facts(x, weight, bias))
+    return run(x, weight, bias)

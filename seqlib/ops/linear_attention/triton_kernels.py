@@ -230,7 +230,8 @@ def mix(
     FINE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk and tile of headdim of y, from x, z, u = q, k, v and the state that enters the chunk; or, TURNED, of
-    the gradient of v, from k, q, dy and the gradient of the state that leaves it (which has the scale in it)."""
+    the gradient of v, from k, q, dy and the gradient of the state that leaves it (which has the scale in it). Without
+    states it is what the chunk itself gives."""
     nchunks = tl.cdiv(seqlen, C)
     c, row = tl.program_id(0) % nchunks, (tl.program_id(0) // nchunks).to(tl.int64)
     b, h = row // nheads, row % nheads
@@ -240,23 +241,26 @@ def mix(
     x += b * sxb + h // heads_per_x * sxh + t0 * sxl
     z += b * szb + h // heads_per_z * szh + t0 * szl
     u += b * sub + h * suh + t0 * sul
-    states += (row * nchunks + c) * N * P
+    if states is not None:
+        states += (row * nchunks + c) * N * P
     here, entry, last = documents(ids, before, b * sib + t0, n, C, PACKED)
     gates = b * sgb + h * sgh + t0 * sgl
     scores, mixed = tl.zeros([C, C], tl.float32), tl.zeros([C, BP], tl.float32)
     for n0 in range(0, N, BN):
         j = tl.arange(0, BN) + n0
-        xt, state = load(x, i, n, sxl, j, N, 1), load(states, j, N, P, p, P, 1)
+        xt = load(x, i, n, sxl, j, N, 1)
         if KIND == "channel":
             if TURNED:
                 scores += channel_scores(z, x, g + gates, n, szl, sxl, sgl, j, N, C, FINE, FINE_PRECISION, True)
             else:
                 scores += channel_scores(x, z, g + gates, n, sxl, szl, sgl, j, N, C, FINE, FINE_PRECISION, False)
-            reach, left, _ = channel_factors(g + gates, i, n, sgl, j, N, here, entry, last, PACKED, False)
-            xt = xt.to(tl.float32) * (left if TURNED else reach)
         else:
             scores += dot(xt, tl.trans(load(z, i, n, szl, j, N, 1)), DOT, PRECISION)
-        mixed += dot(xt, state, DOT, PRECISION)
+        if states is not None:
+            if KIND == "channel":
+                reach, left, _ = channel_factors(g + gates, i, n, sgl, j, N, here, entry, last, PACKED, False)
+                xt = xt.to(tl.float32) * (left if TURNED else reach)
+            mixed += dot(xt, load(states, j, N, P, p, P, 1), DOT, PRECISION)
     if KIND == "channel":
         scores = weigh(scores, 0, here, KIND, PACKED, C, TURNED)
     else:

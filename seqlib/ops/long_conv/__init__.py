@@ -10,9 +10,21 @@ from torch import Tensor
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.long_conv.online import OnlineConv, OnlineState
+from seqlib.ops.long_conv.sparse import SparseConv, SparseState
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "OnlineConv", "OnlineState", "long_conv", "step"]
+__all__ = [
+    "IMPLS",
+    "OP",
+    "STEP",
+    "STEP_IMPLS",
+    "OnlineConv",
+    "OnlineState",
+    "SparseConv",
+    "SparseState",
+    "long_conv",
+    "step",
+]
 
 _HERE = "seqlib.ops.long_conv"
 IMPLS = (

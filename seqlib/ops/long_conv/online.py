@@ -25,6 +25,11 @@ class OnlineState(State):
     pending: Tensor
     position: int = 0
 
+    def last(self, count: int) -> Tensor:
+        """The last `count` inputs since the start, (batch, count, d)."""
+        at = torch.arange(self.position - count, self.position, device=self.inputs.device) % self.inputs.shape[2]
+        return self.inputs[..., at].transpose(1, 2)
+
 
 class OnlineConv:
     """A causal `long_conv` with a fixed kernel whose inputs arrive one by one, because each depends on the last output.

@@ -13,7 +13,24 @@ from seqlib.errors import UnsupportedInput
 __all__ = ["IMPLS", "OP", "rms_norm"]
 
 _HERE = "seqlib.ops.norm"
+
+
+def _one_tile(facts: Facts) -> str | None:
+    width = facts.size("group_size")
+    return None if width <= 1 << 13 else f"groups have {width} features; it takes up to {1 << 13}"
+
+
 IMPLS = (
+    Impl(
+        "triton",
+        "parallel",
+        f"{_HERE}.triton_impl:rms_norm",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("triton>=3.6",),
+        limits=_one_tile,
+        gate=f"{_HERE}.triton_impl:gate",
+    ),
     Impl(
         "native",
         "parallel",
@@ -27,9 +44,17 @@ IMPLS = (
 )
 
 
-def facts(x: Tensor, weight: Tensor | None = None, *, gate: Tensor | None = None, **_: Any) -> Facts:
+def facts(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    gate: Tensor | None = None,
+    group_size: int | None = None,
+    **_: Any,
+) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, gate))
-    return Facts(x.device.type, x.dtype, x.shape[-2] if x.dim() > 1 else 1, needs_grad)
+    sizes = (("group_size", group_size or x.shape[-1]),)
+    return Facts(x.device.type, x.dtype, x.shape[-2] if x.dim() > 1 else 1, needs_grad, sizes=sizes)
 
 
 OP = Op("norm", IMPLS, facts, "rms_norm")
@@ -80,5 +105,5 @@ def rms_norm(
         raise UnsupportedInput("x, weight and gate must be on one device; move them with .to(x.device)")
     if group_size is not None and (group_size < 1 or d % group_size):
         raise UnsupportedInput(f"group_size must divide d={d}, got {group_size}")
-    run = OP.choose(facts(x, weight, gate=gate), form, backend)
+    run = OP.choose(facts(x, weight, gate=gate, group_size=group_size), form, backend)
     return run(x, weight, gate=gate, norm_before_gate=norm_before_gate, group_size=group_size, eps=eps)

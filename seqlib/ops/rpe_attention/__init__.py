@@ -12,7 +12,7 @@ from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.rpe_attention.decode import step
 from seqlib.ops.rpe_attention.exponentials import Exponentials, fit_exponentials
-from seqlib.ops.rpe_attention.state import ExponentialState, WindowState
+from seqlib.ops.rpe_attention.state import ExponentialState, WindowState, check_state
 from seqlib.sequence import SequenceInfo
 
 __all__ = [
@@ -97,8 +97,8 @@ def rpe_attention(
         y_i = sum_j exp(b_{i-j}) (q_i . k_j) v_j / sum_j exp(b_{i-j}) (q_i . k_j),     0 <= i - j < window
         causal=False: |i - j| < window
 
-    Computed in float32 (float64 for float64 inputs); differentiable in every tensor. A bias more than 30 below the
-    largest of its head counts as 30 below. The weights are those of a Toeplitz matrix, so long sequences go through
+    Computed in float32 (float64 for float64 inputs); differentiable in every tensor. A bias more than 16 below the
+    largest of its head counts as 16 below. The weights are those of a Toeplitz matrix, so long sequences go through
     transforms, in float64, since their rounding is relative to the largest sum; where windows or sequences are shorter
     the direct form is faster, with widths of 64 as far as a hundred thousand tokens.
 
@@ -158,26 +158,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool) -> int:
     if any(t.device != q.device for t in (k, v, bias)):
         raise UnsupportedInput(f"every tensor must be on the device of q, {q.device}; move them")
     return width if causal else (width + 1) // 2
-
-
-def check_state(
-    state: WindowState | ExponentialState, q: Tensor, v: Tensor, window: int, exponentials: Exponentials | None
-) -> None:
-    """Raise UnsupportedInput unless the state is of the kind and the sizes of q (batch, ..., nheads, d_feature), v."""
-    wanted = WindowState if exponentials is None else ExponentialState
-    if not isinstance(state, wanted):
-        raise UnsupportedInput(
-            f"{'without' if exponentials is None else 'with'} exponentials the state is a {wanted.__name__}, "
-            f"got {type(state).__name__}"
-        )
-    batch, nheads, d_feature, headdim = q.shape[0], *q.shape[-2:], v.shape[-1]
-    if isinstance(state, WindowState):
-        shapes = {"k": (batch, window, nheads, d_feature), "v": (batch, window, nheads, headdim), "length": (batch,)}
-    else:
-        assert exponentials is not None
-        shapes = {"sums": (batch, nheads, exponentials.rates.shape[1], d_feature, headdim + 1)}
-    for name, shape in shapes.items():
-        if tuple(getattr(state, name).shape) != shape:
-            raise UnsupportedInput(f"state.{name} must be {shape}, got {tuple(getattr(state, name).shape)}")
-    if isinstance(state, WindowState) and (state.k.dtype, state.v.dtype) != (q.dtype, v.dtype):
-        raise UnsupportedInput(f"the state must be {q.dtype} like q, got {state.k.dtype} and {state.v.dtype}")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.ops.rpe_attention.exponentials import Exponentials, relative_weights
-from seqlib.ops.rpe_attention.state import ExponentialState, WindowState
+from seqlib.ops.rpe_attention.state import ExponentialState, WindowState, check_state
 
 __all__ = ["step"]
 
@@ -35,8 +35,6 @@ def step(
     Raises:
         UnsupportedInput: the state does not fit.
     """
-    from seqlib.ops.rpe_attention import check_state
-
     window = bias.shape[1]
     check_state(state, q, v, window, exponentials)
     high = torch.promote_types(q.dtype, torch.float32)

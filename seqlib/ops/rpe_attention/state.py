@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import KVState
+from seqlib.ops.rpe_attention.exponentials import Exponentials
 from seqlib.sequence import State
 
-__all__ = ["ExponentialState", "WindowState"]
+__all__ = ["ExponentialState", "WindowState", "check_state"]
 
 
 @dataclass
@@ -26,3 +28,26 @@ class ExponentialState(State):
     """
 
     sums: Tensor
+
+
+def check_state(
+    state: WindowState | ExponentialState, q: Tensor, v: Tensor, window: int, exponentials: Exponentials | None
+) -> None:
+    """Raise UnsupportedInput unless the state is of the kind and the sizes of q (batch, ..., nheads, d_feature), v."""
+    wanted = WindowState if exponentials is None else ExponentialState
+    if not isinstance(state, wanted):
+        raise UnsupportedInput(
+            f"{'without' if exponentials is None else 'with'} exponentials the state is a {wanted.__name__}, "
+            f"got {type(state).__name__}"
+        )
+    batch, nheads, d_feature, headdim = q.shape[0], *q.shape[-2:], v.shape[-1]
+    if isinstance(state, WindowState):
+        shapes = {"k": (batch, window, nheads, d_feature), "v": (batch, window, nheads, headdim), "length": (batch,)}
+    else:
+        assert exponentials is not None
+        shapes = {"sums": (batch, nheads, exponentials.rates.shape[1], d_feature, headdim + 1)}
+    for name, shape in shapes.items():
+        if tuple(getattr(state, name).shape) != shape:
+            raise UnsupportedInput(f"state.{name} must be {shape}, got {tuple(getattr(state, name).shape)}")
+    if isinstance(state, WindowState) and (state.k.dtype, state.v.dtype) != (q.dtype, v.dtype):
+        raise UnsupportedInput(f"the state must be {q.dtype} like q, got {state.k.dtype} and {state.v.dtype}")

@@ -162,17 +162,17 @@ def _exponential(
     dtype = torch.complex128 if q.dtype == torch.float64 else torch.complex64
     weights, rates = fit.weights.to(dtype), fit.rates.to(dtype)
     here = torch.arange(seqlen, device=q.device).expand(batch, -1)
-    real = last = torch.ones(batch, seqlen, dtype=torch.bool, device=q.device)
-    first = last
+    first = last = torch.ones(batch, seqlen, dtype=torch.bool, device=q.device)
     if seq is not None and seq.shape is not None:
         here = seq.positions(batch, seqlen, q.device)
-        real = real if seq.padding_mask is None else seq.padding_mask
+        real = last if seq.padding_mask is None else seq.padding_mask
         ids = seq.document_ids
         first = real if ids is None else real & (ids == 0)
         last = real if ids is None else real & (ids == ids[:, -1:])
+        q = torch.where(first[..., None, None], q, 0)
+        k, v = (torch.where(last[..., None, None], t, 0) for t in (k, v))
     count = last.sum(1)
-    # Powers that leave out what is not there; rate 0 to the power 0 is 1.
-    after = _powers(rates, (count[:, None] - 1 - here).clamp(min=0)) * last[:, None, None]  # b h m l
+    after = _powers(rates, (count[:, None] - 1 - here).clamp(min=0))  # b h m l
     values = F.pad(v, (0, 1), value=1.0)
     keys = torch.einsum("bhml,blhn->bhmnl", after, k.to(dtype))
     sums = keys @ values.transpose(1, 2).unsqueeze(2).to(dtype)  # b h m n p
@@ -183,7 +183,7 @@ def _exponential(
         goes_on = seq.document_ids[:, -1] == 0
     kept = _powers(rates, count[:, None]) * goes_on[:, None, None, None]  # b h m 1
     sums = sums + kept.unsqueeze(-1) * before
-    near = _powers(rates, here + 1) * weights[..., None] * first[:, None, None]  # b h m l
+    near = _powers(rates, here + 1) * weights[..., None]  # b h m l
     ours = torch.einsum("bhml,blhn->bhlmn", near, q.to(dtype)).flatten(3)
     return (ours @ before.flatten(2, 3)).real.transpose(1, 2), sums
 
