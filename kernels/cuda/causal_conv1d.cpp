@@ -80,10 +80,10 @@ Tensor causal_conv1d_step(const Tensor& x, const Tensor& weight, const OptTensor
   STD_TORCH_CHECK(weight.size(1) <= conv_max_width, "d_conv must be 1 to ", conv_max_width);
   const OnDevice on(x);
   const Input xs(x, "b", "x");
-  const Tensor w = taps(weight);
-  const OptTensor b = floats(bias);
+  const Input w(torch::stable::contiguous(weight), "b", "weight");
+  const std::optional<Input> b = bias ? std::optional<Input>(Input(*bias, "", "bias")) : std::nullopt;
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  start_causal_conv1d_step({xs.seen, data<float>(w), data<float>(b), state.data_ptr(), y.data_ptr(), x.size(0), x.size(1),
+  start_causal_conv1d_step({xs.seen, w.seen, b ? b->seen : View{}, state.data_ptr(), y.data_ptr(), x.size(0), x.size(1),
                             static_cast<int32_t>(weight.size(1)), silu},
                            on.stream());
   return y;

@@ -370,19 +370,19 @@ SEQLIB_GLOBAL(kThreads, 4) conv_step(const ConvStepArgs a) {
     float x[V], y[V], v[V];
     load<V>(a.x.data, a.x.dtype, row * a.x.batch + channel, valid, x);
     clear(y);
-    if (a.bias) load<V>(a.bias + channel, valid, y);
+    if (a.bias.data) load<V>(a.bias.data, a.bias.dtype, channel, valid, y);
     SEQLIB_UNROLL
     for (int k = 0; k < W; ++k) {
       if (k < a.width) {
         const int64_t to = (row * (a.width - 1) + k) * a.d + channel;
-        float tap[V];
-        load<V>(a.weight + k * a.d + channel, valid, tap);
         SEQLIB_UNROLL
         for (int j = 0; j < V; ++j) v[j] = x[j];
         if (k + 1 < a.width) load<V>(a.state, a.x.dtype, to, valid, v);
         if (k > 0) store<V>(a.state, a.x.dtype, to - a.d, valid, v);
         SEQLIB_UNROLL
-        for (int j = 0; j < V; ++j) y[j] += tap[j] * v[j];
+        for (int j = 0; j < V; ++j) {
+          if (j < valid) y[j] += load_one(a.weight.data, a.weight.dtype, (channel + j) * a.width + k) * v[j];
+        }
       }
     }
     SEQLIB_UNROLL

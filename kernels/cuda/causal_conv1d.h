@@ -23,9 +23,8 @@ void start_causal_conv1d_fwd(const ConvArgs& args, Stream stream);
 void start_causal_conv1d_bwd(const ConvArgs& args, Stream stream);
 
 struct ConvStepArgs {
-  View x;
-  const float *weight, *bias;  // (width, d), (d) or null
-  void *state, *y;             // (batch, width - 1, d), (batch, d), the dtype of x
+  View x, weight, bias;  // weight: (d, width); bias: (d) or null
+  void *state, *y;       // (batch, width - 1, d), (batch, d), the dtype of x
   int64_t batch, d;
   int32_t width;
   bool silu;
