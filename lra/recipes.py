@@ -111,12 +111,12 @@ class Recipe:
         return cls(**values)
 
 
-_SHORT_LISTS = {"max_depth": 4, "max_args": 5, "min_length": 8, "max_length": 48}
+# Few arguments: adding five digits modulo ten takes longer to learn than nesting, which the task is about.
+_SHORT_LISTS = {"max_depth": 5, "max_args": 3, "min_length": 10, "max_length": 48}
 _SMALL: dict[str, dict[str, Any]] = {
     "listops": {
         "data": _SHORT_LISTS | {"train": 100_000, "validation": 1000, "test": 2000},
-        "mixers": {"m": {"kind": "attention", "nheads": 4, "causal": False}}, "n_layer": 4, "mlp": _GLU,
-        "batch_size": 64, "steps": 8000, "learning_rate": 2e-3, "eval_every": 1000,
+        "n_layer": 4, "mlp": _GLU, "batch_size": 64, "steps": 5000, "learning_rate": 2e-3, "eval_every": 500,
     },
     "pathfinder": {
         "data": {"size": 16, "train": 40_000, "validation": 2000, "test": 2000}, "numbers": True,
