@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from seqlib.errors import SeqlibError
-from seqlib.hf.runs import read_metrics, write_aside
+from seqlib.hf.runs import read_metrics, save_figure, write_aside
 
 __all__ = ["MetricsCallback", "ProgressCallback", "plot_loss"]
 
@@ -150,9 +149,7 @@ def plot_loss(metrics: Path, png: Path) -> None:
     axes.set(xlabel="tokens", ylabel="bits per byte", ylim=(0, min(8.5, max(values) * 1.05)))
     axes.grid(alpha=0.3)
     axes.legend()
-    part = png.with_name(f".{png.name}.part")
-    figure.savefig(part, format="png", dpi=150)
-    os.replace(part, png)
+    save_figure(figure, png)
 
 
 def _clock(seconds: float) -> str:

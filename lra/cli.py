@@ -99,12 +99,15 @@ def train(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Outputs of train with one recipe and different mixers.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    chart: Annotated[Path | None, typer.Option(help="Draw them here: a .png, .svg or .pdf file.")] = None,
 ) -> None:
     """Put finished runs that differ only in their mixers side by side."""
-    from .compare import compare_runs, show_comparison
+    from .compare import compare_runs, plot_comparison, show_comparison
 
     found = compare_runs(runs)
     show_comparison(found, Console())
+    if chart is not None:
+        plot_comparison(found, chart)
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1) + "\n")
 

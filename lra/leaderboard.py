@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.hf.runs import write_aside
+from seqlib.hf.runs import save_figure, write_aside
 
 from .scores import COLUMNS, GROUPS, Row, rows
 
@@ -152,6 +151,4 @@ def plot(published: dict[str, list[Row]], ours: Sequence[dict[str, Any]], png: P
         panel.set(title=title, xlim=(-0.5, len(published) - 0.5))
         panel.set_xticks(range(len(published)), list(published))
     figure.supylabel("accuracy (%)")
-    part_path = png.with_name(f".{png.name}.part")
-    figure.savefig(part_path, format="png", dpi=130)
-    os.replace(part_path, png)
+    save_figure(figure, png)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from seqlib.errors import SeqlibError
-from seqlib.hf.runs import read_metrics, write_aside
+from seqlib.hf.runs import read_metrics, save_figure, write_aside
 
 __all__ = ["Follow", "Reporter", "plot_curve"]
 
@@ -141,6 +140,4 @@ def plot_curve(metrics: Path, png: Path, baselines: Mapping[str, float]) -> None
         right.axhline(100 * value, color="gray", linewidth=0.8, linestyle="--")
         right.annotate(name, (0.02, 100 * value), xycoords=("axes fraction", "data"), fontsize=6, va="bottom")
     right.set(xlabel="step", ylabel="held-out accuracy (%)", ylim=(0, 101))
-    part = png.with_name(f".{png.name}.part")
-    figure.savefig(part, format="png", dpi=130)
-    os.replace(part, png)
+    save_figure(figure, png)

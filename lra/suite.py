@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from seqlib.bench.clock import machine
 from seqlib.errors import ConfigError
-from seqlib.hf.runs import read_metrics, write_aside
+from seqlib.hf.runs import read_metrics, save_figure, write_aside
 from seqlib.mixers import mixer_config, sized
 
 from .evaluate import score_recall
@@ -138,11 +138,13 @@ def run_suite(
         "tier": tier, "seeds": seeds, "d_model": plan.d_model, "n_layer": plan.n_layer,
         "left_out": len(jobs) - len(rows), "processes": processes,
         "minutes": round((time.perf_counter() - begun) / 60, 2),
-        "seconds": round(sum(row["seconds"] for row in rows), 1), "ranking": ranking(rows), "rows": rows,
+        "seconds": round(sum(row["seconds"] for row in rows), 1), "machine": machine(), "ranking": ranking(rows),
+        "rows": rows,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "suite.json", json.dumps(result, indent=2) + "\n")
-    write_aside(folder / "suite.md", markdown(result))
+    text = markdown(result)
+    write_aside(folder / "suite.json", json.dumps(result | {"markdown": text.splitlines()}, indent=2) + "\n")
+    write_aside(folder / "suite.md", text)
     plot_state(rows, folder / "state.png")
     plot_length(rows, folder / "length.png")
     console.print(_table(result))
@@ -294,12 +296,17 @@ def _cells(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The ranking as a Markdown table, with what trivial answers score."""
+    """The ranking as a Markdown table, with how long it took and what trivial answers score."""
     header, body = _cells(result)
+    took = (
+        f"`seqlib-lra suite {result['tier']} --seeds {result['seeds']} --processes {result['processes']}`: "
+        f"{result['minutes']:.1f} minutes, {result['left_out']} of {len(result['rows']) + result['left_out']} runs "
+        f"left out; d_model {result['d_model']}, {result['n_layer']} layers. Accuracy in %."
+    )
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body)]
     guesses = {row["trial"]: row["baselines"] for row in result["rows"]}
     notes = [f"{t}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in b.items()) for t, b in guesses.items()]
-    return "\n".join([*lines, "", "Trivial answers (%): " + "; ".join(notes) + ".", ""])
+    return "\n".join([took, "", *lines, "", "Trivial answers (%): " + "; ".join(notes) + ".", ""])
 
 
 def _table(result: Mapping[str, Any]) -> Table:
@@ -338,9 +345,7 @@ def _panels(rows: Sequence[Mapping[str, Any]], png: Path, label: str, points: An
         panel.set(title=trial, xlabel=label, ylim=(0, 102), xscale="log")
     panels[0].set_ylabel("accuracy (%)")
     panels[-1].legend(fontsize=6)
-    part = png.with_name(f".{png.name}.part")
-    figure.savefig(part, format="png", dpi=130)
-    os.replace(part, png)
+    save_figure(figure, png)
 
 
 def _slug(text: str) -> str:

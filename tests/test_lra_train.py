@@ -18,7 +18,7 @@ from seqlib.errors import ConfigError, SeqlibError
 from seqlib.hf.runs import override, read_metrics
 from seqlib.lra import cli, leaderboard, report, seeds, suite
 from seqlib.lra import train as training
-from seqlib.lra.compare import compare_runs
+from seqlib.lra.compare import compare_runs, plot_comparison
 from seqlib.lra.evaluate import collate, invariance, score_examples, score_recall, wilson
 from seqlib.lra.published import PUBLISHED
 from seqlib.lra.recall import RECALL, Stream, make_batch
@@ -229,12 +229,18 @@ def test_runs_of_one_recipe_side_by_side(tmp_path: Path) -> None:
     bench = tmp_path / "bench"
     bench.mkdir()
     runs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    assert CliRunner().invoke(cli.app, ["compare", *runs, "--json", str(bench / "x.json")]).exit_code == 0
-    rows = json.loads((bench / "x.json").read_text())["comparison"]
+    files = ["--json", str(bench / "x.json"), "--chart", str(bench / "x.svg")]
+    assert CliRunner().invoke(cli.app, ["compare", *runs, *files]).exit_code == 0
+    found = json.loads((bench / "x.json").read_text())
+    rows = found["comparison"]
     assert rows[0]["mean"] >= rows[1]["mean"]
     assert {row["mixers"]["m"]["kind"] for row in rows} == {"gated_conv", "linear_transformer"}
     score = json.loads((tmp_path / "a" / "summary.json").read_text())["mean"]
-    assert f"| gated_conv | {100 * score:.1f} % | 12 |" in markdown.page(bench)
+    gain = score - found["baselines"]["any symbol"]
+    page = markdown.page(bench)
+    assert f"| gated_conv | {100 * score:.1f} % | {100 * gain:+.1f} | 12 |" in page and "![x](bench/x.svg)" in page
+    with pytest.raises(ConfigError, match="a chart ends in one of"):
+        plot_comparison(found, bench / "x.txt")
     with pytest.raises(ConfigError, match="differs in learning_rate"):
         compare_runs([tmp_path / "a", tmp_path / "c"])
     with pytest.raises(ConfigError, match="has no summary.json"):

@@ -30,6 +30,7 @@ def page(folder: Path) -> str:
         parts.append(f"## {path.stem}" + (f"\n\n{_machine(report)}" if "machine" in report else ""))
         parts += [_case(result) for result in report.get("results", [])]
         parts += [section(report) for name, section in SECTIONS.items() if name in report]
+        parts += [f"![{chart.stem}](bench/{chart.name})" for chart in sorted(folder.glob(f"{path.stem}*.svg"))]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -193,24 +194,29 @@ def _decoding(report: dict[str, Any]) -> str:
 
 
 def _comparison(report: dict[str, Any]) -> str:
-    recipe = report["recipe"]
+    recipe, baselines = report["recipe"], report["baselines"]
     options = ", ".join(f"{name} {value}" for name, value in recipe["data"].items())
-    guesses = ", ".join(f"{name} {100 * value:.1f} %" for name, value in report["baselines"].items())
-    lines = ["| mixer | test accuracy | steps | seconds | parameters |", "|---|---|---|---|---|"]
+    guesses = ", ".join(f"{name} {100 * value:.1f} %" for name, value in baselines.items())
+    header = ["mixer", "test accuracy", *(f"over {name}" for name in baselines), "steps", "seconds", "parameters"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in report["comparison"]:
         mixers = " ".join(" ".join(f"{k}={v}" for k, v in m.items()) for m in row["mixers"].values())
+        spread = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
         cells = [
-            f"{100 * row['mean']:.1f} %",
+            f"{100 * row['mean']:.1f}{spread} %",
+            *(f"{100 * (row['mean'] - value):+.1f}" for value in baselines.values()),
             str(max(row["steps"])),
             f"{row['seconds']:.0f}",
             f"{row['parameters']:,}",
         ]
         lines.append("| " + " | ".join([mixers.replace("kind=", ""), *cells]) + " |")
+    seeds = max(len(row["seeds"]) for row in report["comparison"])
+    early = "" if recipe["enough"] == 1 else f" Training ends at {100 * recipe['enough']:g} % on held-out data."
     return (
-        f"`seqlib-lra train {recipe['task']} --recipe {recipe['name']} --mixer MIXER`: {options}; d_model "
-        f"{recipe['d_model']}, {recipe['n_layer']} layers, at most {recipe['steps']} steps of {recipe['batch_size']} "
-        f"sequences, {report['threads']} thread. Training ends at {100 * recipe['enough']:.0f} % on held-out data. "
-        f"Trivial answers score: {guesses}.\n\n" + "\n".join(lines)
+        f"`seqlib-lra train {recipe['task']} --recipe {recipe['name']} --mixer MIXER --seeds {seeds}`: {options}; "
+        f"d_model {recipe['d_model']}, {recipe['n_layer']} layers, at most {recipe['steps']} steps of "
+        f"{recipe['batch_size']} sequences, threads: {report['threads']}.{early} Trivial answers score: {guesses}.\n\n"
+        + "\n".join(lines)
     )
 
 
@@ -222,6 +228,7 @@ SECTIONS = {
     "comparison": _comparison,
     "decoding": _decoding,
     "times_faster": _accelerated,
+    "markdown": lambda report: "\n".join(report["markdown"]),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from seqlib.errors import ConfigError
 
-__all__ = ["override", "read_metrics", "write_aside"]
+__all__ = ["override", "read_metrics", "save_figure", "write_aside"]
 
 R = TypeVar("R")
 
@@ -21,6 +21,20 @@ def write_aside(path: Path, text: str) -> None:
     """Write a small file so that a reader finds the old content or the new one, never a part."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text)
+    os.replace(part, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure in the format that the file's suffix names, as `write_aside` writes text.
+
+    Raises:
+        ConfigError: no such format.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:] not in known:
+        raise ConfigError(f"a chart ends in one of .{', .'.join(known)}; got {path}")
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, format=path.suffix[1:], dpi=130)
     os.replace(part, path)
 
 
