@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from seqlib.bench import markdown
 from seqlib.errors import ConfigError, SeqlibError
 from seqlib.lra.seeds import configure
 from seqlib.lra.throughput import measure
@@ -37,6 +39,8 @@ def test_reading_is_at_least_ten_times_as_fast_as_training(tmp_path: Path) -> No
     found = measure(recipe, DataSource(cache=str(tmp_path / "c")), peer_s4=tmp_path, repeats=5, console=QUIET)
     assert found["data_over_model"] > 10 and found["evaluation_examples_per_s"] > 0
     assert found["timings"].keys() == {"read", "step", "peer"} and found["over_peer"] > 0
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    assert f"{found['over_peer']:.2f} times as fast as the official code" in markdown.page(tmp_path)
 
 
 def test_peer_that_is_not_there_or_does_not_fit(tmp_path: Path) -> None:

@@ -220,12 +220,26 @@ def _comparison(report: dict[str, Any]) -> str:
     )
 
 
+def _throughput(report: dict[str, Any]) -> str:
+    names = {"read": "reading a batch", "step": "training step", "peer": "training step, official S4 code"}
+    lines = ["| | ms |", "|---|---|"]
+    lines += [f"| {names[name]} | {1e3 * t['wall_min_s']:.3g} |" for name, t in report["timings"].items()]
+    over = f" and {report['over_peer']:.2f} times as fast as the official code" if "over_peer" in report else ""
+    return (
+        f"`seqlib-lra throughput {report['task']} --recipe {report['recipe']}`: batch {report['batch_size']}, seqlen "
+        f"{report['seqlen']}, threads: {report['threads']}. Training is {report['data_over_model']:,.0f} times slower "
+        f"than its data{over}; evaluation takes {report['evaluation_tokens_per_s']:,.0f} tokens a second.\n\n"
+        + "\n".join(lines)
+    )
+
+
 SECTIONS = {
     "mamba_130m": _model,
     "linear_family": _family,
     "state_spaces": _state_spaces,
     "sweep": _sweep,
     "comparison": _comparison,
+    "data_over_model": _throughput,
     "decoding": _decoding,
     "times_faster": _accelerated,
     "markdown": lambda report: "\n".join(report["markdown"]),
