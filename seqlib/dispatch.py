@@ -19,12 +19,16 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
 from seqlib.errors import BackendUnavailable
 
 __all__ = [
     "BACKENDS",
     "FORMS",
+    "TRANSFORMED",
     "Choice",
     "Facts",
     "Impl",
@@ -33,10 +37,13 @@ __all__ = [
     "explain",
     "preferred",
     "resolve",
+    "transformed",
     "use_backend",
     "used",
 ]
 
+TRANSFORMED = "derivatives by torch.func or forward mode"
+"""A feature that `Op.choose` finds by itself; rows of plain torch operations have it, unless they refuse it."""
 BACKENDS = ("reference", "torch", "native", "triton", "vendor")
 FORMS = ("reference", "chunked", "parallel", "recurrent")
 
@@ -114,6 +121,8 @@ class Op:
         backend = preferred(self.name, backend)
         if torch.compiler.is_compiling():
             return _load(resolve(self, facts, form, backend).impl.target)
+        if transformed():
+            facts = facts._replace(features=facts.features | {TRANSFORMED})
         key = (self.name, self.function, facts, form, backend)
         chosen = _choices.get(key)
         if chosen is None:
@@ -248,6 +257,18 @@ def op_names() -> list[str]:
     return sorted(d.name for d in os.scandir(root) if os.path.isfile(os.path.join(d.path, "reference.py")))
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward mode differentiates around this call."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    levels = retrieve_all_functorch_interpreters()
+    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
+
+
 def _op(name: str) -> Op:
     if name not in op_names():
         raise BackendUnavailable(f"unknown op {name!r}; known: {', '.join(op_names())}")
@@ -277,6 +298,8 @@ def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None
         return quiet(f"dtype is {str(facts.dtype).removeprefix('torch.')}; it takes {known}")
     if facts.needs_grad and not impl.grad:
         return quiet("gradients are needed and this row has none")
+    if TRANSFORMED in facts.features and impl.name not in ("torch", "reference"):
+        return quiet("torch.func and forward mode see through plain torch operations only")
     missing = impl.refuses & facts.features
     if missing:
         return quiet(f"does not support {', '.join(sorted(missing))}")

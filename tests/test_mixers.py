@@ -389,7 +389,7 @@ def test_config_round_trip(config: dict) -> None:
 @every
 def test_wrong_width_is_refused(config: dict) -> None:
     mixer = _mixer(config)
-    for shape in ((1, 4, D_MODEL + 1), (4, D_MODEL), (1, 0, D_MODEL)):
+    for shape in ((1, 4, D_MODEL + 1), (4, D_MODEL), (1, 0, D_MODEL), (0, 4, D_MODEL)):
         with pytest.raises(UnsupportedInput, match="d_model|seqlen"):
             mixer(torch.zeros(shape, dtype=torch.float64))
 

@@ -10,7 +10,7 @@ import torch
 
 from seqlib import native
 from seqlib.dispatch import Impl, Op, op_names, resolve
-from seqlib.errors import BackendUnavailable
+from seqlib.errors import BackendUnavailable, UnsupportedInput
 from seqlib.ops.case import Case, outputs
 from seqlib.sequence import State
 
@@ -164,3 +164,12 @@ def test_auto_takes_every_case(name: str) -> None:
         if not case.bench:
             for dtype in DTYPES:
                 resolve(OPS[name], OPS[name].facts(**case.inputs(dtype, requires_grad=True)))
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "linear_attention", "delta_rule", "linear_scan", "causal_conv1d"])
+def test_empty_batches_are_refused(op: str) -> None:
+    inputs = CASES[op][0].inputs(torch.float32)
+    few = {k: t[:0] if isinstance(t, torch.Tensor) and k not in ("A", "D", "dt_bias", "weight") else t
+           for k, t in inputs.items()}  # fmt: skip
+    with pytest.raises(UnsupportedInput, match="empty|none of them 0"):
+        getattr(importlib.import_module(f"seqlib.ops.{op}"), op)(**few)

@@ -190,7 +190,7 @@ Tensor causal_conv1d_step(const Tensor& x, const Tensor& weight, const OptTensor
   const ConvStepArgs a{xs.data_ptr(), w.data_ptr(), data<char>(b), state.data_ptr(), y.data_ptr(), x.size(0), x.size(1),
                        w.size(1), xs.stride(0), is_bf16(x), silu, is_bf16(w), b && is_bf16(*b)};
   const int64_t blocks = (a.d + conv_block - 1) / conv_block;
-  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, 16384 / (a.batch * conv_block)),
+  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.batch * conv_block)),
                               [&](int64_t begin, int64_t end) { causal_conv1d_step_for()(a, begin, end); });
   return y;
 }

@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, 
   a.saved = save ? data<float>(saved) : nullptr;
   // Columns are independent: with fewer heads than threads, threads share the columns of a head.
   const int64_t heads = a.batch * a.nheads, threads = torch::stable::get_num_threads();
-  if (heads < threads) a.parts = std::clamp<int64_t>(a.headdim / 32, 1, (threads + heads - 1) / heads);
+  if (0 < heads && heads < threads) a.parts = std::clamp<int64_t>(a.headdim / 32, 1, (threads + heads - 1) / heads);
   const int64_t work = std::max<int64_t>(1, a.seqlen * a.d_state * a.headdim / a.parts);
   torch::stable::parallel_for(0, heads * a.parts, std::max<int64_t>(1, 65536 / work),
                               [&](int64_t begin, int64_t end) { delta_rule_fwd_for()(a, begin, end); });

@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
   a.checkpoints = keep ? data<float>(checkpoints) : nullptr;
   // Columns of v are independent: parts repeat the scores and nothing else, and give the same numbers.
   const int64_t tasks = a.batch * a.nheads, threads = torch::stable::get_num_threads();
-  if (tasks < threads) {
+  if (0 < tasks && tasks < threads) {
     const int64_t wanted = std::min((threads + tasks - 1) / tasks, (a.headdim + 31) / 32);
     a.part_width = ((a.headdim + wanted - 1) / wanted + 15) / 16 * 16;
     a.parts = (a.headdim + a.part_width - 1) / a.part_width;

@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   g.dfinal = data<float>(dlast);
   const ScanArgs& a = g.of;
   const int64_t blocks = (a.d_inner / a.groups + kScanBackBlock - 1) / kScanBackBlock;
-  g.parts = std::clamp<int64_t>(16 / (a.batch * a.groups), 1, blocks);
+  g.parts = std::clamp<int64_t>(16 / std::max<int64_t>(1, a.batch * a.groups), 1, blocks);
 
   Tensor dx = call.output(x), ddt = call.output(x), dz = z ? call.output(x) : torch::stable::new_empty(x, {0});
   Tensor dA = call.states(a.batch), dinitial = call.states(a.batch);

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from seqlib.ops.derivatives import recomputed
 from seqlib.ops.ssm_kernel import (
     dense_final_state,
     dense_state_outputs,
@@ -79,12 +79,7 @@ class LowRank:
     def final(self, x: Tensor) -> Tensor:
         given = (self.A, self.P, self.B, self.C, self.dt, x)
         # Its dense matrices are made again in the backward pass, should anybody ask for the gradient of a state.
-        again = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        return (
-            checkpoint(_low_rank_final, *given, use_reentrant=False, preserve_rng_state=False)
-            if again
-            else (_low_rank_final(*given))
-        )
+        return recomputed(_low_rank_final, *given)
 
     def advance(self, state: Tensor, steps: Tensor) -> Tensor:
         h = _halves(state)

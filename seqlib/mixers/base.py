@@ -117,9 +117,9 @@ class Mixer(nn.Module, Generic[C]):
 
     def check(self, x: Tensor, seq: SequenceInfo | None) -> None:
         """Raise UnsupportedInput unless x fits and every feature of seq is supported."""
-        if x.dim() != 3 or x.shape[-1] != self.d_model or x.shape[1] < 1:
+        if x.dim() != 3 or x.shape[-1] != self.d_model or 0 in x.shape:
             raise UnsupportedInput(
-                f"{self.config.kind} takes x of shape (batch, seqlen >= 1, {self.d_model}), got {tuple(x.shape)}"
+                f"{self.config.kind} takes x of shape (batch >= 1, seqlen >= 1, {self.d_model}), got {tuple(x.shape)}"
             )
         if seq is not None:
             seq.check(x.shape[0], x.shape[1])

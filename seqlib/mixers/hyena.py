@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, linear_, normal_
@@ -20,6 +19,7 @@ from seqlib.layers.short_conv import ShortConv
 from seqlib.layers.stream import InputsState
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide
 from seqlib.ops import long_conv
+from seqlib.ops.derivatives import recomputed
 from seqlib.ops.long_conv import OnlineConv
 from seqlib.sequence import SequenceInfo, State
 
@@ -165,10 +165,7 @@ class Hyena(Mixer[HyenaConfig]):
 
         given = mixed, self.kernel(), past
         # What is between the gates is made again in the backward pass: one convolution more, two tensors fewer to keep.
-        if torch.is_grad_enabled():
-            y, inputs = checkpoint(gated, *given, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, inputs = gated(*given)
+        y, inputs = recomputed(gated, *given)
         return self.out_proj(y), HyenaState(conv, InputsState(inputs))
 
     def step(self, x: Tensor, state: HyenaState) -> tuple[Tensor, HyenaState]:

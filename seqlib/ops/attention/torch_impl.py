@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from seqlib.ops.attention.documents import Tokens, documents, with_past
 from seqlib.ops.attention.state import KVState, append
+from seqlib.ops.derivatives import recomputed
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["Rule", "attend", "attention_chunked", "attention_parallel"]
@@ -102,14 +102,9 @@ def _parallel(queries: Tokens, keys: Tokens, rule: Rule) -> Tensor:
         j0 = -past if window is None else max(-past, i0 - window + 1)
         j1 = i1 if rule.causal else min(seqlen, i1 + (window or seqlen) - 1)
         ours, theirs = tuple(t[:, i0:i1] for t in queries), tuple(t[:, past + j0 : past + j1] for t in keys)
-        if not plain and torch.is_grad_enabled():
-            # Each block has its scores or a copy of its keys, and all of them together would be quadratic in memory.
-            part = checkpoint(
-                _block, ours, theirs, rule, range(i0, i1), range(j0, j1), use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            part = _block(ours, theirs, rule, range(i0, i1), range(j0, j1))
-        parts.append(part)
+        given = ours, theirs, rule, range(i0, i1), range(j0, j1)
+        # Each block has its scores or a copy of its keys, and all of them together would be quadratic in memory.
+        parts.append(_block(*given) if plain else recomputed(_block, *given))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

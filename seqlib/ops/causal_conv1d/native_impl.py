@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["causal_conv1d", "step"]
@@ -71,6 +72,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once
 def _backward(ctx, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, initial_state, spans = ctx.saved_tensors
     dy = x.new_zeros(x.shape) if dy is None else dy

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.delta_rule.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
@@ -47,7 +47,7 @@ IMPLS = (
         gate=f"{_HERE}.triton_impl:gate",
     ),
     Impl("native", "chunked", f"{_HERE}.native_impl:chunked", refuses=frozenset({"chunk_size"}), **_NATIVE),
-    Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
+    Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked", refuses=frozenset({TRANSFORMED})),
     Impl("reference", "reference", f"{_HERE}.reference:delta_rule"),
 )
 STEP_IMPLS = (
@@ -136,8 +136,8 @@ def delta_rule(
     Source: Yang et al. 2024 (DeltaNet), eq. 5-11; Yang, Kautz and Hatamizadeh 2024 (Gated DeltaNet), eq. 10; Kimi Team
     2025 (Kimi Linear), eq. 1. As in their code the state decays first, is read for the error, and is written last.
     """
-    if v.dim() != 4 or v.shape[1] < 1:
-        raise UnsupportedInput(f"v must have shape (batch, seqlen >= 1, nheads, headdim), got {tuple(v.shape)}")
+    if v.dim() != 4 or v.numel() == 0:
+        raise UnsupportedInput(f"v must be (batch, seqlen, nheads, headdim) and not empty, got {tuple(v.shape)}")
     _check(q, k, v, beta, log_decay, initial_state)
     if chunk_size is not None and chunk_size < 1:
         raise UnsupportedInput(f"chunk_size must be at least 1, got {chunk_size}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["chunked", "step"]
@@ -108,6 +109,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once
 def _backward(ctx, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     *inputs, spans, saved = ctx.saved_tensors
     q, k, v = inputs[:3]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 
 __all__ = ["gelu_glu"]
 
@@ -38,6 +39,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
+@once
 def _backward(ctx, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias = _gradients(dy, *ctx.saved_tensors)
     return dx, dweight, dbias if ctx.has_bias else None, None

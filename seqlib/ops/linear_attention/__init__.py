@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.linear_attention.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
@@ -67,7 +67,7 @@ IMPLS = (
         refuses=frozenset({"decay per channel", "bidirectional", "packed", "padded"}),
         by_name_only=True,
     ),
-    Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked"),
+    Impl("torch", "chunked", f"{_HERE}.torch_impl:chunked", refuses=frozenset({TRANSFORMED})),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:parallel", by_name_only=True),
     Impl("reference", "reference", f"{_HERE}.reference:linear_attention"),
 )
@@ -165,8 +165,8 @@ def linear_attention(
     (Mamba-2), section 6; Yang et al. 2024 (GLA), eq. 3. States include the current token (as fla's and MiniMax's do;
     the lightning-attention kernels carry one decay more).
     """
-    if v.dim() != 4 or v.shape[1] < 1:
-        raise UnsupportedInput(f"v must have shape (batch, seqlen >= 1, nheads, headdim), got {tuple(v.shape)}")
+    if v.dim() != 4 or v.numel() == 0:
+        raise UnsupportedInput(f"v must be (batch, seqlen, nheads, headdim) and not empty, got {tuple(v.shape)}")
     _check(q, k, v, log_decay, initial_state)
     if not causal and initial_state is not None:
         raise UnsupportedInput("causal=False takes no initial_state: every token sees its whole document")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 from seqlib.ops.linear_attention.bidirectional import bidirectional
 from seqlib.sequence import SequenceInfo
 
@@ -109,6 +110,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once
 def _backward(ctx, dy: Tensor | None, dfinal: Tensor | None, _) -> tuple[Tensor | None, ...]:
     *tensors, final_state, checkpoints = ctx.saved_tensors
     q, k, v, log_decay, initial_state, _spans = tensors

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.ops.derivatives import once
 from seqlib.ops.linear_attention.bidirectional import bidirectional
 from seqlib.ops.linear_attention.summary import documents, mask_padding, summable
 from seqlib.sequence import SequenceInfo
@@ -205,7 +206,7 @@ class _Chunked(torch.autograd.Function):
         return y, state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, log_decay, ids, *entries = ctx.saved_tensors
         needs_decay = ctx.needs_input_grad[3]

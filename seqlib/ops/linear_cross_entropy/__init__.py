@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["IMPLS", "OP", "linear_cross_entropy"]
@@ -23,7 +23,7 @@ IMPLS = (
         needs=("triton>=3.6",),
         gate=f"{_HERE}.triton_impl:gate",
     ),
-    Impl("torch", "chunked", f"{_HERE}.torch_impl:linear_cross_entropy"),
+    Impl("torch", "chunked", f"{_HERE}.torch_impl:linear_cross_entropy", refuses=frozenset({TRANSFORMED})),
     Impl("reference", "reference", f"{_HERE}.reference:linear_cross_entropy"),
 )
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from seqlib.ops.derivatives import once
+
 __all__ = ["Shape", "linear_cross_entropy", "over_chunks"]
 
 LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -99,5 +101,6 @@ class _Chunks(torch.autograd.Function):
         return total / divisor
 
     @staticmethod
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(None if t is None else t * grads[0].to(t.dtype) for t in ctx.saved_tensors), *(None,) * 4

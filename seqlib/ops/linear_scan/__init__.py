@@ -85,11 +85,9 @@ def linear_scan(
 
     Source: Blelloch 1990, section 1.4; Smith et al. 2023 (S5), section 2.2.
     """
-    if b.dim() < 2:
-        raise UnsupportedInput(f"b must have shape (batch, seqlen, ...), got {tuple(b.shape)}")
+    if b.dim() < 2 or b.numel() == 0:
+        raise UnsupportedInput(f"b must be (batch, seqlen, ...) and not empty, got {tuple(b.shape)}")
     batch, seqlen = b.shape[:2]
-    if seqlen < 1:
-        raise UnsupportedInput("seqlen is 0; give at least one position")
     for name, t in (("a", a), ("b", b), ("initial_state", initial_state)):
         if t is not None and not (t.is_floating_point() or t.is_complex()):
             raise UnsupportedInput(f"{name} must be real or complex floating point, got {t.dtype}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["linear_scan"]
@@ -67,6 +68,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once
 def _backward(ctx, dh: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     a, h, initial_state, spans = ctx.saved_tensors
     dh = h.new_zeros(h.shape) if dh is None else dh

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 from seqlib.ops.long_conv.documents import by_document
 from seqlib.sequence import SequenceInfo
 
@@ -60,6 +61,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@once
 def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, kernel, D, reverse_kernel, state = ctx.saved_tensors
     dx, dkernel, dreverse, dstate = torch.ops.seqlib.long_conv_bwd.default(dy, x, kernel, D, reverse_kernel, state)

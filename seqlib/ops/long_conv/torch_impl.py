@@ -6,8 +6,8 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from seqlib.ops.derivatives import recomputed
 from seqlib.ops.long_conv.documents import by_document
 from seqlib.sequence import SequenceInfo
 
@@ -50,9 +50,6 @@ def step(x: Tensor, kernel: Tensor, state: Tensor, *, D: Tensor | None) -> Tenso
 def _dense(x: Tensor, kernel: Tensor, reverse: Tensor | None, state: Tensor | None) -> Tensor:
     batch, seqlen, d = x.shape
     width = max(1, BLOCK // (2 * batch * (seqlen + (0 if state is None else state.shape[1]))))
-    # The spectra of a block are made again in the backward pass instead of being kept: they are twice the inputs.
-    again = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, kernel, reverse, state))
-    blocks = []
     count = -(-d // width)
     pieces = zip(
         x.split(width, 2),
@@ -60,11 +57,8 @@ def _dense(x: Tensor, kernel: Tensor, reverse: Tensor | None, state: Tensor | No
         [None] * count if reverse is None else reverse.split(width),
         [None] * count if state is None else state.split(width, 2),
     )
-    for given in pieces:
-        blocks.append(
-            checkpoint(_block, *given, use_reentrant=False, preserve_rng_state=False) if again else _block(*given)
-        )
-    return torch.cat(blocks, 2)
+    # The spectra of a block are twice its inputs.
+    return torch.cat([recomputed(_block, *given) for given in pieces], 2)
 
 
 def _block(x: Tensor, kernel: Tensor, reverse: Tensor | None, state: Tensor | None) -> Tensor:

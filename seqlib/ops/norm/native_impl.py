@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 
 __all__ = ["rms_norm"]
 
@@ -49,6 +50,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
+@once
 def _backward(ctx, dy: Tensor, _drstd) -> tuple[Tensor | None, ...]:
     x, weight, gate, rstd = ctx.saved_tensors
     needs_weight = weight is not None and ctx.needs_input_grad[1]

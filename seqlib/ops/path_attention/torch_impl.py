@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.documents import documents
 from seqlib.ops.attention.state import append
+from seqlib.ops.derivatives import recomputed
 from seqlib.ops.path_attention.state import PathState
 from seqlib.sequence import SequenceInfo
 
@@ -144,8 +144,7 @@ def _attend(
     parts = []
     for a in range(K.shape[2]):
         # A block sees all keys before it; kept for the backward pass of every block they would be quadratic.
-        again = torch.is_grad_enabled()
-        parts.append(checkpoint(rows, a, use_reentrant=False, preserve_rng_state=False) if again else rows(a))
+        parts.append(recomputed(rows, a))
     y = torch.stack(parts, 2).unflatten(3, (group, chunk)).transpose(2, 3).flatten(1, 2).flatten(2, 3)  # b h l p
     here, there = _ways(maps)
     brought = (K @ here.transpose(-1, -2)).flatten(2, 3).transpose(1, 2)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from seqlib.ops.attention.documents import documents, with_past
 from seqlib.ops.attention.state import append
+from seqlib.ops.derivatives import recomputed
 from seqlib.ops.rpe_attention.exponentials import Exponentials, relative_weights
 from seqlib.ops.rpe_attention.state import ExponentialState, WindowState
 from seqlib.sequence import SequenceInfo
@@ -106,10 +106,7 @@ def _direct(q: Tensor, k: Tensor, values: Tensor, weights: Tensor, farthest: int
     parts = []
     for i0 in range(0, seqlen, BLOCK):
         bounds = (i0, min(seqlen, i0 + BLOCK))
-        if torch.is_grad_enabled():  # the scores of all blocks would be quadratic
-            parts.append(checkpoint(block, *bounds, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(block(*bounds))
+        parts.append(recomputed(block, *bounds))  # the scores of all blocks would be quadratic
     return torch.cat(parts, 2)
 
 
@@ -133,10 +130,7 @@ def _transformed(q: Tensor, k: Tensor, values: Tensor, weights: Tensor, farthest
     sums = torch.zeros((), dtype=torch.float64, device=q.device)
     for begin in range(0, q.shape[-1], features):
         bounds = (begin, min(q.shape[-1], begin + features))
-        if torch.is_grad_enabled():
-            sums = sums + checkpoint(part, *bounds, use_reentrant=False, preserve_rng_state=False)
-        else:
-            sums = sums + part(*bounds)
+        sums = sums + recomputed(part, *bounds)
     return sums.to(dtype)
 
 

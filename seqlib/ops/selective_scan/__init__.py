@@ -130,7 +130,7 @@ def selective_scan(
         A: (d_inner, d_state), negative; complex with negative real part for complex states.
         B: (batch, seqlen, d_state), (batch, seqlen, ngroups, d_state), or constant (d_inner, d_state). Group g serves
             the g-th block of d_inner / ngroups neighbouring channels.
-        C: as B.
+        C: as B; one without groups serves all groups of the other.
         D: (d_inner,) skip weights.
         z: gate, the shape and dtype of x.
         dt_bias: (d_inner,).
@@ -149,10 +149,11 @@ def selective_scan(
     Source: Gu and Dao 2023 (Mamba), algorithm 2, with the Euler step for B that its implementation uses
     (state-spaces/mamba, selective_scan_interface.py); unlike there, states may enter and carry gradients.
     """
-    if x.dim() != 3 or x.shape[1] < 1:
-        raise UnsupportedInput(f"x must have shape (batch, seqlen >= 1, d_inner), got {tuple(x.shape)}")
+    if x.dim() != 3 or x.numel() == 0:
+        raise UnsupportedInput(f"x must be (batch, seqlen, d_inner) and not empty, got {tuple(x.shape)}")
     batch, seqlen, _ = x.shape
     _check(x, dt, A, B, C, D, z, dt_bias, initial_state, (batch, seqlen), constant=True)
+    B, C = _over_groups(B, C, 3), _over_groups(C, B, 3)
     if seq is not None:
         seq.check(batch, seqlen)
     options = {"D": D, "z": z, "dt_bias": dt_bias, "initial_state": initial_state}
@@ -194,11 +195,17 @@ def step(
     if x.dim() != 2:
         raise UnsupportedInput(f"x must have shape (batch, d_inner), got {tuple(x.shape)}")
     _check(x, dt, A, B, C, D, z, dt_bias, state, (x.shape[0],), constant=False)
+    B, C = _over_groups(B, C, 2), _over_groups(C, B, 2)
     if state.dtype != (wanted := state_dtype(x, A)) or not state.is_contiguous():
         raise UnsupportedInput(f"state must be contiguous {wanted} to be updated in place, got {state.dtype}")
     with torch.no_grad():
         run = STEP.choose(facts(x, dt, A, B, C), "recurrent", backend)
         return run(x, dt, A, B, C, state, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
+
+
+def _over_groups(t: Tensor, other: Tensor, axes: int) -> Tensor:
+    """t, shared by all groups, for each of them if `other` has groups; `axes` is what t has without them."""
+    return t.unsqueeze(-2).expand_as(other) if t.dim() == axes and other.dim() == axes + 1 else t
 
 
 def _check(

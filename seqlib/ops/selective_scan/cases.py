@@ -24,18 +24,21 @@ def _build(
     *,
     groups: int = 0,
     constant: str = "",
+    shared: str = "",
     cplx: bool = False,
     state: bool = False,
     seq: SequenceInfo | None = None,
 ) -> Callable[[torch.Generator], dict[str, Any]]:
-    """groups 0 is B and C without a group axis; `constant` names those of B and C that do not depend on the token."""
+    """groups 0 is B and C without a group axis; `constant` names those of B and C that do not depend on the token,
+    `shared` those without a group axis beside one that has groups."""
 
     def build(g: torch.Generator) -> dict[str, Any]:
         def draw(*s: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
             return torch.randn(*s, generator=g, dtype=dtype)
 
         def projection(name: str) -> torch.Tensor:
-            lead = (d_inner,) if name in constant else (batch, seqlen, *([groups] if groups else []))
+            grouped = [groups] if groups and name not in shared else []
+            lead = (d_inner,) if name in constant else (batch, seqlen, *grouped)
             return draw(*lead, d_state, dtype=torch.complex128 if cplx else torch.float64) * d_state**-0.5
 
         shape = (batch, seqlen, d_inner)
@@ -99,6 +102,8 @@ CASES = (
     _case("groups", 2, 40, 36, 5, ALL, groups=3, state=True),
     _case("group_per_channel", 1, 9, 6, 4, ALL, groups=6),
     _case("one_group", 1, 9, 6, 4, ALL, groups=1),
+    _case("shared_B", 2, 20, 12, 4, ALL, groups=3, shared="B"),
+    _case("shared_C", 2, 20, 12, 4, ALL, groups=3, shared="C", state=True),
     _case("one_position", 2, 1, 70, 16, ALL, state=True),
     _case("two_positions", 1, 2, 33, 17, ALL),
     _case("odd_63", 1, 63, 7, 1, ALL),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["chunked", "step"]
@@ -143,6 +144,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
+@once
 def _backward(ctx, dy: Tensor | None, dfinal: Tensor | None, _) -> tuple[Tensor | None, ...]:
     *tensors, checkpoints = ctx.saved_tensors
     x, _dt, A, B, C, D, z, dt_bias, initial_state, _spans = tensors

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from seqlib.ops.derivatives import recomputed
 from seqlib.ops.selective_scan.summary import state_dtype
 from seqlib.sequence import SequenceInfo
 
@@ -35,12 +35,10 @@ def chunked(
     h = x.new_zeros(x.shape[0], *A.shape, dtype=wide) if initial_state is None else initial_state.to(wide)
     starts, real = (None, None) if seq is None else (seq.starts, seq.padding_mask)
     ys = []
-    # Recompute each chunk in the backward pass instead of keeping its states.
-    again = torch.is_grad_enabled() and x.shape[1] > 1
     pieces = zip(*(_split(t, x.shape[1]) for t in (x, dt, B, C, z, starts, real)))
     for x_c, dt_c, B_c, C_c, z_c, starts_c, real_c in pieces:
         given = (h, x_c, dt_c, A, B_c, C_c, D, z_c, dt_bias, dt_softplus, starts_c, real_c)
-        y, h = checkpoint(_chunk, *given, use_reentrant=False, preserve_rng_state=False) if again else _chunk(*given)
+        y, h = recomputed(_chunk, *given)  # a chunk's states are not kept
         ys.append(y)
     return torch.cat(ys, 1), h
 

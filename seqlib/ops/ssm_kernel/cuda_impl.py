@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 from seqlib.ops.ssm_kernel import torch_impl
 from seqlib.ops.ssm_kernel.torch_impl import block_size, powers, real_pairs
 
@@ -51,6 +52,7 @@ def _save_vandermonde(ctx, inputs, output) -> None:
     ctx.save_for_backward(log_decay, weight)
 
 
+@once
 def _vandermonde_backward(ctx, dkernel: Tensor) -> tuple[Tensor, Tensor, None]:
     """With l = a T + b:  dweight = sum_l conj(decay^l) dK_l,  dlog_decay = conj(weight) sum_l l conj(decay^l) dK_l."""
     log_decay, weight = ctx.saved_tensors
@@ -73,6 +75,7 @@ def _save_cauchy(ctx, inputs, output) -> None:
     ctx.save_for_backward(numerators, alpha)
 
 
+@once
 def _cauchy_backward(ctx, dsums: Tensor) -> tuple[Tensor, Tensor, None]:
     dnumerators, dalpha = _cauchy_gradients(dsums, *ctx.saved_tensors, ctx.l_kernel)
     return dnumerators, torch.view_as_complex(dalpha), None

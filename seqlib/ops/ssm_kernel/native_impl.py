@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seqlib import native
+from seqlib.ops.derivatives import once
 from seqlib.ops.ssm_kernel.torch_impl import to_kernel, weights
 
 __all__ = ["diag", "dplr"]
@@ -68,6 +69,7 @@ def _save_diag(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
+@once
 def _diag_backward(ctx, dkernel: Tensor) -> tuple[Tensor, Tensor, None]:
     return *torch.ops.seqlib.diag_kernel_bwd.default(dkernel, *ctx.saved_tensors), None
 
@@ -93,6 +95,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:6])
 
 
+@once
 def _backward(ctx, dspectrum: Tensor) -> tuple[Tensor | None, ...]:
     return *torch.ops.seqlib.dplr_spectrum_bwd.default(dspectrum, *ctx.saved_tensors), None, None, None
 
