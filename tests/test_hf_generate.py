@@ -213,6 +213,11 @@ def test_what_does_not_fit_is_refused(model) -> None:
         model(ids, attention_mask=torch.ones(1, 1, 5, 5))
     with pytest.raises(UnsupportedInput, match="attention_mask must have shape"):
         model(ids, attention_mask=torch.ones(1, 4))
+    with pytest.raises(UnsupportedInput, match="1 at real tokens and 0 at padding"):
+        model(ids, attention_mask=torch.tensor([[-torch.inf, -torch.inf, 0.0, 0.0, 0.0]]))
+    for wrong in ({"position_ids": torch.arange(4)[None]}, {"seq_idx": torch.zeros(1, 4, dtype=torch.long)}):
+        with pytest.raises(UnsupportedInput, match=r"must have shape \(1, 5\), got \(1, 4\)"):
+            model(ids, **wrong)
 
 
 def test_masks_by_layer_type_and_static_caches_are_taken(model) -> None:

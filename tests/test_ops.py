@@ -173,3 +173,33 @@ def test_empty_batches_are_refused(op: str) -> None:
            for k, t in inputs.items()}  # fmt: skip
     with pytest.raises(UnsupportedInput, match="empty|none of them 0"):
         getattr(importlib.import_module(f"seqlib.ops.{op}"), op)(**few)
+
+
+def _padded():
+    for name, op in OPS.items():
+        for impl in op.impls:
+            for case in CASES[name]:
+                if "padded" in case.name and impl.name != "reference" and "cpu" in (*impl.devices, "cpu")[:1]:
+                    yield pytest.param(op, impl, case, id=f"{name}-{impl.name}-{impl.form}-{case.name}")
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), list(_padded()))
+def test_what_stands_at_padded_positions_does_not_matter(op: Op, impl: Impl, case: Case) -> None:
+    """NaN there changes no output and no gradient elsewhere."""
+    inputs = case.inputs(torch.float32, requires_grad=impl.grad)
+    try:
+        resolve(op, op.facts(**inputs), impl.form, impl.name)
+    except BackendUnavailable as error:
+        pytest.skip(f"outside this row: {error}")
+    real = inputs["seq"].padding_mask
+    poisoned = dict(inputs)
+    for name, t in inputs.items():
+        if isinstance(t, torch.Tensor) and t.shape[:2] == real.shape:
+            holes = ~real.view(*real.shape, *[1] * (t.dim() - 2))
+            poisoned[name] = t.detach().masked_fill(holes, torch.nan).requires_grad_(t.requires_grad)
+    (want, want_grads), (got, got_grads) = (_run(op, x, impl.form, impl.name) for x in (inputs, poisoned))
+    for a, b in zip(got, want):
+        _close("output", a, b, torch.float32, gradient=False)
+    for name, grad in got_grads.items():
+        rows = real if grad.shape[:2] == real.shape else ...
+        _close(name, grad[rows], want_grads[name][rows], torch.float32, gradient=True)

@@ -33,22 +33,26 @@ def sequence_info(
     The first document of a span that follows earlier tokens goes on from them, unless its position is 0.
 
     Args:
-        attention_mask: (batch, seqlen) or (batch, seen + seqlen), nonzero at real tokens; or a dict of masks by layer
-            type, of which the two-dimensional one counts.
+        attention_mask: (batch, seqlen) or (batch, seen + seqlen), 1 at real tokens and 0 at padding; or a dict of masks
+            by layer type, of which the two-dimensional one counts.
 
     Raises:
-        UnsupportedInput: a four-dimensional mask, or shapes that do not fit.
+        UnsupportedInput: a four-dimensional mask, one of other numbers, or shapes that do not fit.
     """
     real = padding_mask(batch, seqlen, seen, attention_mask)
     starts: Tensor | None = None
     if cu_seq_lens_q is not None:
         starts = SequenceInfo.from_cu_seqlens(cu_seq_lens_q, continues=True).starts
     elif seq_idx is not None:
+        if tuple(seq_idx.shape) != (batch, seqlen):
+            raise UnsupportedInput(f"seq_idx must have shape {(batch, seqlen)}, got {tuple(seq_idx.shape)}")
         documents = SequenceInfo.from_seq_ids(seq_idx, continues=True)
         starts = documents.starts
         if documents.padding_mask is not None:
             real = documents.padding_mask if real is None else real & documents.padding_mask
     elif position_ids is not None and (seqlen > 1 or not seen):
+        if tuple(position_ids.shape) not in ((batch, seqlen), (1, seqlen)):
+            raise UnsupportedInput(f"position_ids must have shape {(batch, seqlen)}, got {tuple(position_ids.shape)}")
         position_ids = position_ids.expand(batch, -1)
         starts = position_ids == 0
         if real is None:
@@ -79,4 +83,9 @@ def padding_mask(batch: int, seqlen: int, seen: int, attention_mask: Any) -> Ten
             "mixers' own, and packed documents are given by position_ids, seq_idx or cu_seq_lens_q"
         )
     real = attention_mask[:, -seqlen:] != 0
+    if bool((real & (attention_mask[:, -seqlen:] != 1)).any()):
+        raise UnsupportedInput(
+            "attention_mask must be 1 at real tokens and 0 at padding; it holds other numbers. Masks that are added to "
+            "scores and numbers of documents are not read (give the latter as seq_idx)"
+        )
     return None if bool(torch.all(real)) else real

@@ -28,7 +28,7 @@ def chunk_attention(
     causal: bool,
     state: KVState | None,
     seq: SequenceInfo | None,
-) -> tuple[Tensor, KVState]:
+) -> tuple[Tensor, KVState | None]:
     """Every chunk of every document by itself; chunks are counted from the start of the document.
 
         y_i = sum_j f(s_ij) v_j over the j of the chunk of i, j <= i if causal
@@ -43,7 +43,7 @@ def chunk_attention(
         state: keys and values of the chunk that the rows are in; only if causal.
 
     Returns:
-        y (batch, seqlen, d_v), zero at padding, and the state after the last token of each row.
+        y (batch, seqlen, d_v), zero at padding, and the state after the last token of each row, if causal.
 
     Source: Ma et al. 2022 (arXiv 2209.10655), section 3.3; facebookresearch/mega, moving_average_gated_attention.py.
     """
@@ -81,7 +81,7 @@ def chunk_attention(
     bias = relative(size)[index - index[:, None] + size - 1] if size else q.new_zeros(0, 0)
     found = _attend(queries, keys, values, bias, visible, scores)
     y = torch.zeros_like(v).index_put((rows, columns), found[group, at])
-    return y, _state(keys, values, rows, group, at, state, batch, chunk_size)
+    return y, _state(keys, values, rows, group, at, state, batch, chunk_size) if causal else None
 
 
 def chunk_attention_step(
@@ -136,7 +136,7 @@ def _state(
     seen = last >= 0
     last = last[seen]
     room = (0, 0, 0, made.capacity - keys.shape[1])
-    k, v = (F.pad(t, room)[group[last]][:, :, None] for t in (keys, values))
+    k, v = (F.pad(t[group[last]], room)[:, :, None] for t in (keys, values))
     return KVState(
         made.k.index_put((seen,), k), made.v.index_put((seen,), v), made.length.index_put((seen,), at[last] + 1)
     )

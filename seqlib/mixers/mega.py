@@ -204,7 +204,7 @@ class Mega(Mixer[MegaConfig]):
             causal=not c.bidirectional, state=None if state is None else state.kv, seq=seq,
         )  # fmt: skip
         y = self._gate(x if residual is None else residual, u, s, r, o)
-        return y, NoState() if ema is None else MegaState(ema, kv)
+        return y, NoState() if ema is None or kv is None else MegaState(ema, kv)
 
     def step(self, x: Tensor, state: MegaState, residual: Tensor | None = None) -> tuple[Tensor, MegaState]:
         c, kv = self.config, state.kv

@@ -28,7 +28,7 @@ def causal_conv1d(
         return _dense(x, weight, bias, activation, state, starts, None)
     # Real tokens move to the front of their row, and their outputs back.
     order = mask.logical_not().to(torch.int8).argsort(dim=1, stable=True)
-    gathered = x.gather(1, order[..., None].expand_as(x))
+    gathered = torch.where(mask[..., None], x, 0).gather(1, order[..., None].expand_as(x))
     starts = None if starts is None else (starts & mask).gather(1, order)
     y, final = _dense(gathered, weight, bias, activation, state, starts, mask.sum(1))
     y = y.gather(1, order.argsort(dim=1)[..., None].expand_as(y))

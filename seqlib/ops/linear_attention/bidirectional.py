@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seqlib.ops.linear_attention.summary import documents, mask_padding, summarize
+from seqlib.ops.linear_attention.summary import documents, summarize, zero_padding
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["bidirectional"]
@@ -24,6 +24,7 @@ def bidirectional(
 ) -> tuple[Tensor, Tensor]:
     """y and the final state of causal=False; `run(q, k, v, log_decay, seq)` is the causal form, scale included."""
     heads = v.shape[2]
+    q, k, v = (zero_padding(t, seq) for t in (q, k, v))
     if log_decay is None and (seq is None or seq.starts is None):
         # One sum over the whole row serves every position.
         state = summarize(k, v, seq=seq)[1]
@@ -35,8 +36,7 @@ def bidirectional(
         q, k = (t.to(state.dtype).repeat_interleave(heads // t.shape[2], 2) for t in (q, k))
         own = scale * (q * k).sum(-1, keepdim=True) * v.to(state.dtype)  # counted by both directions
         y = y.to(state.dtype) + y_left.to(state.dtype) - own
-    y = mask_padding(y, y, None, seq)[0]
-    return y.to(v.dtype), state
+    return zero_padding(y, seq).to(v.dtype), state
 
 
 def _flipped(seq: SequenceInfo | None) -> SequenceInfo | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["combine", "documents", "mask_padding", "summable", "summarize"]
+__all__ = ["combine", "documents", "mask_padding", "summable", "summarize", "zero_padding"]
 
 
 def summarize(
@@ -68,7 +68,13 @@ def mask_padding(
     if log_decay is not None:
         log_decay = log_decay.expand(*v.shape[:3]) if log_decay.dim() == 1 else log_decay
         log_decay = log_decay.masked_fill(absent.view(*absent.shape, *[1] * (log_decay.dim() - 2)), 0.0)
-    return k.masked_fill(absent[..., None, None], 0.0), v.masked_fill(absent[..., None, None], 0.0), log_decay
+    return zero_padding(k, seq), zero_padding(v, seq), log_decay
+
+
+def zero_padding(t: Tensor, seq: SequenceInfo | None) -> Tensor:
+    """t (batch, seqlen, nheads, width) with zeros at padded positions, whatever stands there."""
+    absent = None if seq is None or seq.padding_mask is None else ~seq.padding_mask[..., None, None]
+    return t if absent is None else t.masked_fill(absent, 0.0)
 
 
 def documents(seq: SequenceInfo | None) -> Tensor | None:

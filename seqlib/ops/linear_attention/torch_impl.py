@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqlib.ops.derivatives import once
 from seqlib.ops.linear_attention.bidirectional import bidirectional
-from seqlib.ops.linear_attention.summary import documents, mask_padding, summable
+from seqlib.ops.linear_attention.summary import documents, mask_padding, summable, zero_padding
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["chunked", "parallel", "step"]
@@ -40,12 +40,13 @@ def chunked(
         channels = log_decay is not None and log_decay.dim() == 4
         chunk = min(chunk_size or (CHUNK_PER_CHANNEL if channels else CHUNK), v.shape[1])
         k, v, log_decay = mask_padding(k, v, log_decay, seq)
+        q = zero_padding(q, seq)  # NaN times a gradient of zero is NaN
         return _Chunked.apply(q, k, v, log_decay, initial_state, documents(seq), scale, chunk)
 
     if not causal:
         return bidirectional(run, q, k, v, log_decay, scale, seq)
     y, state = run(q, k, v, log_decay, seq)
-    return mask_padding(y, y, None, seq)[0], state
+    return zero_padding(y, seq), state
 
 
 def parallel(
