@@ -46,6 +46,14 @@ QUICK = {
         "none_packed": HALF,
         "channel_strong": SINGLE,
     },
+    "path_attention": {
+        "one_token": HALF,
+        "blocks": SINGLE,
+        "grouped": BRAIN,
+        "forget_mixed": SINGLE,
+        "state_grows": SINGLE,
+        "forget_state": SINGLE,
+    },
     "linear_cross_entropy": {"ignored": SINGLE, "divided": BRAIN, "scaled": HALF, "capped": SINGLE},
     "norm": {"plain": BRAIN, "weightless": SINGLE, "gate_first": SINGLE, "gate_last": HALF, "grouped": SINGLE},
 }
@@ -87,6 +95,11 @@ def test_interpreted_row_equals_reference(interpreter: ProcessPoolExecutor, op: 
     refused = interpreter.submit(interpreted.equals_reference, op, case, dtype).result(timeout=600)
     if refused:
         pytest.skip(f"outside this row: {refused}")
+
+
+def test_path_attention_carries_queries_in_parts(interpreter: ProcessPoolExecutor) -> None:
+    """Gradients of a few blocks of queries at a time, as long sequences take them, add up to the same."""
+    assert not interpreter.submit(interpreted.in_parts, "path_attention", "forget_state").result(timeout=600)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(SINGLE, marks=pytest.mark.slow), BRAIN], ids=short)
@@ -160,6 +173,26 @@ def attention(order: str, dtype: torch.dtype, headdim: int, headdim_v: int) -> C
     return run
 
 
+def path_attention(past: str, dtype: torch.dtype, headdim: int, headdim_v: int) -> Callable[[], None]:
+    from seqlib.ops import triton_common as common
+    from seqlib.ops.path_attention import triton_impl as row
+
+    def run() -> None:
+        stored, front = common.products(dtype).stored, 4 if past == "state" else 0
+        chunk = row._plan(meta(headdim), meta(headdim_v, dtype=dtype)).chunk
+        blocks, shape = 2048 // chunk, (2, 4)
+        q, k = (
+            meta(*shape, n, rows, headdim, dtype=stored) for n, rows in ((blocks, 2 * chunk), (front + blocks, chunk))
+        )
+        v, w = meta(*k.shape[:4], headdim_v, dtype=dtype), meta(*k.shape)
+        local, sums = meta(*q.shape[:4], chunk), meta(*k.shape[:3], 2, chunk, dtype=torch.float64)
+        row.inverse(w, meta(*w.shape[:4]))
+        y, peaks = row.forward(q, k, v, w, w, local, sums, 0.1)
+        row.gradients(y, q, k, v, w, w, local, sums, y, peaks, 0.1)
+
+    return run
+
+
 def cross_entropy(shape: str, dtype: torch.dtype, words: int, rows: int) -> Callable[[], None]:
     from seqlib.ops.linear_cross_entropy import triton_impl as row
 
@@ -193,6 +226,11 @@ COMPILED: dict[str, tuple[Callable[[], None], bool]] = {
         (attention, "causal", BRAIN, 128, 128, True),
         (attention, "causal", SINGLE, 128, 128, False),
         (attention, "both", HALF, 64, 64, False),
+        (path_attention, "none", BRAIN, 64, 64, True),
+        (path_attention, "state", BRAIN, 128, 128, True),
+        (path_attention, "none", SINGLE, 64, 64, False),
+        (path_attention, "state", SINGLE, 128, 128, False),
+        (path_attention, "state", HALF, 64, 64, False),
         (cross_entropy, "capped", BRAIN, 50257, 4096, True),
         (norm, "first", BRAIN, 5120, 1, True),
         (norm, "last", BRAIN, 128, 16, True),
