@@ -55,6 +55,14 @@ QUICK = {
         "forget_state": SINGLE,
     },
     "linear_cross_entropy": {"ignored": SINGLE, "divided": BRAIN, "scaled": HALF, "capped": SINGLE},
+    "rotate": {
+        "halves": HALF,
+        "part_neighbours": BRAIN,
+        "part": SINGLE,
+        "doubled": SINGLE,
+        "halves_per_head": SINGLE,
+        "one_token": SINGLE,
+    },
     "norm": {"plain": BRAIN, "weightless": SINGLE, "gate_first": SINGLE, "gate_last": HALF, "grouped": SINGLE},
 }
 SPILLS, STACK = 64, 256  # bytes per thread; an allocator that gave up leaves kilobytes
@@ -160,6 +168,19 @@ def norm(order: str, dtype: torch.dtype, group_size: int, groups: int) -> Callab
     return run
 
 
+def rotate(pairs: str, dtype: torch.dtype, headdim: int, angles: int) -> Callable[[], None]:
+    from seqlib.ops.rotate import triton_impl as row
+
+    def run() -> None:
+        heads = (16, 16 if pairs == "doubled" else 4)
+        q, k = (meta(8192, n, headdim, dtype=dtype) for n in heads)
+        theta = meta(16, angles) if pairs == "doubled" else meta(angles)
+        positions = meta(4, 2048, dtype=torch.int64)
+        row.gradients(*row.forward(q, k, theta, positions, pairs), q, k, theta, positions, pairs)
+
+    return run
+
+
 def attention(order: str, dtype: torch.dtype, headdim: int, headdim_v: int) -> Callable[[], None]:
     from seqlib.ops.attention import triton_impl as row
 
@@ -232,6 +253,9 @@ COMPILED: dict[str, tuple[Callable[[], None], bool]] = {
         (path_attention, "state", SINGLE, 128, 128, False),
         (path_attention, "state", HALF, 64, 64, False),
         (cross_entropy, "capped", BRAIN, 50257, 4096, True),
+        (rotate, "halves", BRAIN, 128, 64, True),
+        (rotate, "neighbours", SINGLE, 64, 16, True),
+        (rotate, "doubled", BRAIN, 128, 128, True),
         (norm, "first", BRAIN, 5120, 1, True),
         (norm, "last", BRAIN, 128, 16, True),
         (norm, "first", SINGLE, 8192, 1, False),
