@@ -9,8 +9,10 @@ import os
 from typing import Any
 
 import torch
+from torch._library.custom_ops import _maybe_get_opdef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["equals_reference", "in_parts", "refused_by_gate", "start"]
+__all__ = ["checked_by_torch", "equals_reference", "in_parts", "refused_by_gate", "start"]
 
 
 def start() -> None:
@@ -105,6 +107,38 @@ def in_parts(op_name: str, case_name: str) -> str:
         return equals_reference(op_name, case_name, torch.float32)
     finally:
         row.CARRIED_BYTES = room
+
+
+class _Calls(TorchDispatchMode):
+    """Calls of registered Triton ops, one of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "seqlib_triton":
+            self.found.setdefault(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def checked_by_torch(op_name: str, case_name: str) -> list[str]:
+    """Names of the registered ops that a case calls, each of which passed `torch.library.opcheck`."""
+    import test_ops
+
+    op = _op(op_name)
+    case = next(c for c in test_ops.CASES[op_name] if c.name == case_name)
+    impl = next(i for i in op.impls if i.name == "triton")
+    with _Calls() as calls:
+        test_ops._run(op, case.inputs(torch.float32, requires_grad=True), impl.form, impl.name)
+    for func, args in calls.found.items():
+        smooth = _maybe_get_opdef(func)._backward_fn is not None
+        given = [
+            t.detach().requires_grad_(smooth and t.is_floating_point()) if isinstance(t, torch.Tensor) else t
+            for t in args
+        ]
+        torch.library.opcheck(func, given)
+    return sorted(func._opname for func in calls.found)
 
 
 def refused_by_gate(op_name: str, case_name: str, dtype: torch.dtype, cache: str) -> str | None:

@@ -118,6 +118,25 @@ def test_gate_admits_what_the_interpreter_computes(interpreter: ProcessPoolExecu
     assert interpreter.submit(interpreted.refused_by_gate, op, case, dtype, str(tmp_path)).result(timeout=600) is None
 
 
+# Ops that are registered with torch, by a case that calls them all.
+REGISTERED = {
+    ("attention", "mixed_window"): ("attention", "attention_bwd"),
+    ("delta_rule", "token_mixed_groups"): ("delta_rule", "delta_rule_bwd"),
+    ("linear_attention", "token_mixed_groups"): ("linear_attention", "linear_attention_bwd"),
+    ("linear_cross_entropy", "capped"): ("linear_cross_entropy",),
+    ("norm", "gate_first"): ("rms_norm", "rms_norm_bwd"),
+    ("path_attention", "forget_state"): ("path_attention", "path_attention_bwd", "path_inverse"),
+    ("rotate", "doubled"): ("rotate", "rotate_bwd"),
+}
+
+
+@pytest.mark.parametrize(("op", "case"), list(REGISTERED))
+def test_torch_finds_no_fault_with_registered_ops(interpreter: ProcessPoolExecutor, op: str, case: str) -> None:
+    """Schemas, shapes without data, gradients, and tracing with sizes that are not known: torch.compile needs all."""
+    names = interpreter.submit(interpreted.checked_by_torch, op, case).result(timeout=600)
+    assert tuple(names) == REGISTERED[op, case]
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -219,7 +238,7 @@ def cross_entropy(shape: str, dtype: torch.dtype, words: int, rows: int) -> Call
 
     cap = 30.0 if shape == "capped" else None
     targets, count = meta(rows, dtype=torch.int64), meta(dtype=torch.int64)
-    return lambda: [row.losses(meta(rows, words, dtype=dtype), targets, count, -100, row.Shape(1.0, cap), True)]
+    return lambda: [row.losses(meta(rows, words, dtype=dtype), targets, count, -100, 1.0, cap, True)]
 
 
 # What is launched at sizes of published models; quick ones first.
