@@ -12,7 +12,7 @@ import torch
 from torch._library.custom_ops import _maybe_get_opdef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["checked_by_torch", "equals_reference", "in_parts", "refused_by_gate", "start"]
+__all__ = ["checked_by_torch", "equals_reference", "in_parts", "refused_by_gate", "start", "traced_is_the_same"]
 
 
 def start() -> None:
@@ -139,6 +139,26 @@ def checked_by_torch(op_name: str, case_name: str) -> list[str]:
         ]
         torch.library.opcheck(func, given)
     return sorted(func._opname for func in calls.found)
+
+
+def traced_is_the_same(op_name: str, case_name: str) -> None:
+    """A call and its backward pass as one graph give what they give without a compiler."""
+    import test_ops
+
+    op = _op(op_name)
+    case = next(c for c in test_ops.CASES[op_name] if c.name == case_name)
+    impl = next(i for i in op.impls if i.name == "triton")
+    function = getattr(importlib.import_module(f"seqlib.ops.{op_name}"), op.function)
+    outputs = importlib.import_module("seqlib.ops.case").outputs
+    traced = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (function, traced):
+        inputs = case.inputs(torch.float32, requires_grad=True)
+        made = [t for t in outputs(call(**inputs, form=impl.form, backend=impl.name)) if t.requires_grad]
+        torch.autograd.backward(made, [torch.ones_like(t) for t in made])
+        results.append([*made, *(t.grad for t in test_ops._leaves(inputs).values())])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 def refused_by_gate(op_name: str, case_name: str, dtype: torch.dtype, cache: str) -> str | None:

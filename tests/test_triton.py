@@ -137,6 +137,22 @@ def test_torch_finds_no_fault_with_registered_ops(interpreter: ProcessPoolExecut
     assert tuple(names) == REGISTERED[op, case]
 
 
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("attention", "window_16"),
+        ("delta_rule", "token_odd_33"),
+        ("linear_attention", "token_odd_33"),
+        ("linear_cross_entropy", "capped"),
+        ("norm", "gate_first"),
+        ("path_attention", "forget"),
+        ("rotate", "halves"),
+    ],
+)
+def test_a_row_is_one_graph(interpreter: ProcessPoolExecutor, op: str, case: str) -> None:
+    interpreter.submit(interpreted.traced_is_the_same, op, case).result(timeout=600)
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -102,7 +102,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     q, k, v, w, beta, *sums = inputs
     seqlen, group = q.shape[1], q.shape[2] // k.shape[2]
-    chunk, stored = _plan(k, v).chunk, common.products(v.dtype).stored
+    chunk = _chunk(v.dtype, k.shape[3], v.shape[3], v.device)
+    stored = common.products(v.dtype).stored
     made = Blocks(*_again(in_blocks, q, k, v, w, beta, chunk, _inverse))
     keys, values = made.k.to(stored), made.v.to(v.dtype)
     front = 0
@@ -250,8 +251,17 @@ def _parts(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def _plan(k: Tensor, v: Tensor) -> Plan:
-    about = v.dtype, k.shape[-1], v.shape[-1], common.capability(v.device)
+    return _chosen(v.dtype, k.shape[-1], v.shape[-1], v.device)
+
+
+def _chosen(dtype: torch.dtype, headdim: int, headdim_v: int, device: torch.device) -> Plan:
+    about = dtype, headdim, headdim_v, common.capability(device)
     return common.chosen(_name(*about), plans(*about))
+
+
+@torch.compiler.assume_constant_result  # plans are named by an assembler, which cannot be asked while tracing
+def _chunk(*about: Any) -> int:
+    return _chosen(*about).chunk
 
 
 def _constants(k: Tensor, v: Tensor, kernel: str) -> dict[str, Any]:
