@@ -9,8 +9,10 @@ import os
 from typing import Any
 
 import torch
+from torch._library.custom_ops import _maybe_get_opdef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["equals_reference", "refused_by_gate", "start"]
+__all__ = ["checked_by_torch", "equals_reference", "in_parts", "refused_by_gate", "start", "traced_is_the_same"]
 
 
 def start() -> None:
@@ -95,6 +97,68 @@ def equals_reference(op_name: str, case_name: str, dtype: torch.dtype) -> str:
         return reason or f"it does not support {', '.join(sorted(impl.refuses & facts.features))}"
     test_ops.compare(op, impl, inputs, dtype)
     return ""
+
+
+def in_parts(op_name: str, case_name: str) -> str:
+    """As `equals_reference`, with memory for one block of queries at a time."""
+    row = importlib.import_module(f"seqlib.ops.{op_name}.triton_impl")
+    room, row.CARRIED_BYTES = row.CARRIED_BYTES, 1
+    try:
+        return equals_reference(op_name, case_name, torch.float32)
+    finally:
+        row.CARRIED_BYTES = room
+
+
+class _Calls(TorchDispatchMode):
+    """Calls of registered Triton ops, one of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "seqlib_triton":
+            self.found.setdefault(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def checked_by_torch(op_name: str, case_name: str) -> list[str]:
+    """Names of the registered ops that a case calls, each of which passed `torch.library.opcheck`."""
+    import test_ops
+
+    op = _op(op_name)
+    case = next(c for c in test_ops.CASES[op_name] if c.name == case_name)
+    impl = next(i for i in op.impls if i.name == "triton")
+    with _Calls() as calls:
+        test_ops._run(op, case.inputs(torch.float32, requires_grad=True), impl.form, impl.name)
+    for func, args in calls.found.items():
+        smooth = _maybe_get_opdef(func)._backward_fn is not None
+        given = [
+            t.detach().requires_grad_(smooth and t.is_floating_point()) if isinstance(t, torch.Tensor) else t
+            for t in args
+        ]
+        torch.library.opcheck(func, given)
+    return sorted(func._opname for func in calls.found)
+
+
+def traced_is_the_same(op_name: str, case_name: str) -> None:
+    """A call and its backward pass as one graph give what they give without a compiler."""
+    import test_ops
+
+    op = _op(op_name)
+    case = next(c for c in test_ops.CASES[op_name] if c.name == case_name)
+    impl = next(i for i in op.impls if i.name == "triton")
+    function = getattr(importlib.import_module(f"seqlib.ops.{op_name}"), op.function)
+    outputs = importlib.import_module("seqlib.ops.case").outputs
+    traced = torch.compile(function, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (function, traced):
+        inputs = case.inputs(torch.float32, requires_grad=True)
+        made = [t for t in outputs(call(**inputs, form=impl.form, backend=impl.name)) if t.requires_grad]
+        torch.autograd.backward(made, [torch.ones_like(t) for t in made])
+        results.append([*made, *(t.grad for t in test_ops._leaves(inputs).values())])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 def refused_by_gate(op_name: str, case_name: str, dtype: torch.dtype, cache: str) -> str | None:

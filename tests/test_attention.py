@@ -313,7 +313,7 @@ def test_rotary_is_complex_multiplication_and_sees_distances(fraction: float, in
     x = torch.randn(1, 12, 3, 16)
     positions = torch.arange(12)[None]
     width = rotary.width
-    (got,) = rotary(positions, x)
+    got, _ = rotary(positions, x, x)
     head = x[..., :width]
     pairs = (head[..., ::2], head[..., 1::2]) if interleaved else head.chunk(2, -1)
     angle = positions[0, :, None, None] / 2.0 * 100.0 ** (-torch.arange(0, width, 2) / width)

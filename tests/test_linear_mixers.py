@@ -124,8 +124,8 @@ def test_transnormerllm_token_mixer(lrpe: bool) -> None:
 def test_lrpe_sees_distances_only() -> None:
     m = made("lightning", 8, nheads=2, lrpe=True)
     q, k = torch.randn(2, 1, 2, 4, dtype=torch.float64)
-    near = [m.lrpe(torch.tensor([t]), x)[0] for t, x in ((7, q), (3, k))]
-    far = [m.lrpe(torch.tensor([t]), x)[0] for t, x in ((1007, q), (1003, k))]
+    near = [m.lrpe(torch.tensor([t]), x, x)[0] for t, x in ((7, q), (3, k))]
+    far = [m.lrpe(torch.tensor([t]), x, x)[0] for t, x in ((1007, q), (1003, k))]
     close((near[0] * near[1]).sum(-1), (far[0] * far[1]).sum(-1))
     close((near[0] * near[1]).sum(-1), (q * k * torch.cos(4 * m.lrpe.theta)).sum(-1))
 
@@ -277,11 +277,11 @@ def test_householder_lrpe_sees_distances_only() -> None:
     turn = torch.block_diag(
         *(torch.stack([torch.stack([a.cos(), a.sin()]), torch.stack([-a.sin(), a.cos()])]) for a in angles)
     )
-    (turned,) = lrpe(torch.tensor([7]), q)
+    turned, _ = lrpe(torch.tensor([7]), q, k)
     close(turned, q @ (torch.eye(6).double() - 2 * u[:, None] * u) @ turn)
     close(turned.norm(dim=-1), q.norm(dim=-1))
-    near = lrpe(torch.tensor([7]), q)[0] * lrpe(torch.tensor([3]), k)[0]
-    far = lrpe(torch.tensor([1007]), q)[0] * lrpe(torch.tensor([1003]), k)[0]
+    near = lrpe(torch.tensor([7]), q, k)[0] * lrpe(torch.tensor([3]), q, k)[1]
+    far = lrpe(torch.tensor([1007]), q, k)[0] * lrpe(torch.tensor([1003]), q, k)[1]
     close(near.sum(-1), far.sum(-1))
 
 

@@ -46,7 +46,23 @@ QUICK = {
         "none_packed": HALF,
         "channel_strong": SINGLE,
     },
+    "path_attention": {
+        "one_token": HALF,
+        "blocks": SINGLE,
+        "grouped": BRAIN,
+        "forget_mixed": SINGLE,
+        "state_grows": SINGLE,
+        "forget_state": SINGLE,
+    },
     "linear_cross_entropy": {"ignored": SINGLE, "divided": BRAIN, "scaled": HALF, "capped": SINGLE},
+    "rotate": {
+        "halves": HALF,
+        "part_neighbours": BRAIN,
+        "part": SINGLE,
+        "doubled": SINGLE,
+        "halves_per_head": SINGLE,
+        "one_token": SINGLE,
+    },
     "norm": {"plain": BRAIN, "weightless": SINGLE, "gate_first": SINGLE, "gate_last": HALF, "grouped": SINGLE},
 }
 SPILLS, STACK = 64, 256  # bytes per thread; an allocator that gave up leaves kilobytes
@@ -89,12 +105,52 @@ def test_interpreted_row_equals_reference(interpreter: ProcessPoolExecutor, op: 
         pytest.skip(f"outside this row: {refused}")
 
 
+def test_path_attention_carries_queries_in_parts(interpreter: ProcessPoolExecutor) -> None:
+    """Gradients of a few blocks of queries at a time, as long sequences take them, add up to the same."""
+    assert not interpreter.submit(interpreted.in_parts, "path_attention", "forget_state").result(timeout=600)
+
+
 @pytest.mark.parametrize("dtype", [pytest.param(SINGLE, marks=pytest.mark.slow), BRAIN], ids=short)
 @pytest.mark.parametrize("op", list(QUICK))
 def test_gate_admits_what_the_interpreter_computes(interpreter: ProcessPoolExecutor, op: str, dtype: Any, tmp_path):
     """The gate itself, which runs on devices before anything else does: right results pass."""
     case = "token_mixed_groups" if op in ("linear_attention", "delta_rule") else next(iter(QUICK[op]))
     assert interpreter.submit(interpreted.refused_by_gate, op, case, dtype, str(tmp_path)).result(timeout=600) is None
+
+
+# Ops that are registered with torch, by a case that calls them all.
+REGISTERED = {
+    ("attention", "mixed_window"): ("attention", "attention_bwd"),
+    ("delta_rule", "token_mixed_groups"): ("delta_rule", "delta_rule_bwd"),
+    ("linear_attention", "token_mixed_groups"): ("linear_attention", "linear_attention_bwd"),
+    ("linear_cross_entropy", "capped"): ("linear_cross_entropy",),
+    ("norm", "gate_first"): ("rms_norm", "rms_norm_bwd"),
+    ("path_attention", "forget_state"): ("path_attention", "path_attention_bwd", "path_inverse"),
+    ("rotate", "doubled"): ("rotate", "rotate_bwd"),
+}
+
+
+@pytest.mark.parametrize(("op", "case"), list(REGISTERED))
+def test_torch_finds_no_fault_with_registered_ops(interpreter: ProcessPoolExecutor, op: str, case: str) -> None:
+    """Schemas, shapes without data, gradients, and tracing with sizes that are not known: torch.compile needs all."""
+    names = interpreter.submit(interpreted.checked_by_torch, op, case).result(timeout=600)
+    assert tuple(names) == REGISTERED[op, case]
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("attention", "window_16"),
+        ("delta_rule", "token_odd_33"),
+        ("linear_attention", "token_odd_33"),
+        ("linear_cross_entropy", "capped"),
+        ("norm", "gate_first"),
+        ("path_attention", "forget"),
+        ("rotate", "halves"),
+    ],
+)
+def test_a_row_is_one_graph(interpreter: ProcessPoolExecutor, op: str, case: str) -> None:
+    interpreter.submit(interpreted.traced_is_the_same, op, case).result(timeout=600)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -147,6 +203,19 @@ def norm(order: str, dtype: torch.dtype, group_size: int, groups: int) -> Callab
     return run
 
 
+def rotate(pairs: str, dtype: torch.dtype, headdim: int, angles: int) -> Callable[[], None]:
+    from seqlib.ops.rotate import triton_impl as row
+
+    def run() -> None:
+        heads = (16, 16 if pairs == "doubled" else 4)
+        q, k = (meta(8192, n, headdim, dtype=dtype) for n in heads)
+        theta = meta(16, angles) if pairs == "doubled" else meta(angles)
+        positions = meta(4, 2048, dtype=torch.int64)
+        row.gradients(*row.forward(q, k, theta, positions, pairs), q, k, theta, positions, pairs)
+
+    return run
+
+
 def attention(order: str, dtype: torch.dtype, headdim: int, headdim_v: int) -> Callable[[], None]:
     from seqlib.ops.attention import triton_impl as row
 
@@ -160,12 +229,32 @@ def attention(order: str, dtype: torch.dtype, headdim: int, headdim_v: int) -> C
     return run
 
 
+def path_attention(past: str, dtype: torch.dtype, headdim: int, headdim_v: int) -> Callable[[], None]:
+    from seqlib.ops import triton_common as common
+    from seqlib.ops.path_attention import triton_impl as row
+
+    def run() -> None:
+        stored, front = common.products(dtype).stored, 4 if past == "state" else 0
+        chunk = row._plan(meta(headdim), meta(headdim_v, dtype=dtype)).chunk
+        blocks, shape = 2048 // chunk, (2, 4)
+        q, k = (
+            meta(*shape, n, rows, headdim, dtype=stored) for n, rows in ((blocks, 2 * chunk), (front + blocks, chunk))
+        )
+        v, w = meta(*k.shape[:4], headdim_v, dtype=dtype), meta(*k.shape)
+        local, sums = meta(*q.shape[:4], chunk), meta(*k.shape[:3], 2, chunk, dtype=torch.float64)
+        row.inverse(w, meta(*w.shape[:4]))
+        y, peaks = row.forward(q, k, v, w, w, local, sums, 0.1)
+        row.gradients(y, q, k, v, w, w, local, sums, y, peaks, 0.1)
+
+    return run
+
+
 def cross_entropy(shape: str, dtype: torch.dtype, words: int, rows: int) -> Callable[[], None]:
     from seqlib.ops.linear_cross_entropy import triton_impl as row
 
     cap = 30.0 if shape == "capped" else None
     targets, count = meta(rows, dtype=torch.int64), meta(dtype=torch.int64)
-    return lambda: [row.losses(meta(rows, words, dtype=dtype), targets, count, -100, row.Shape(1.0, cap), True)]
+    return lambda: [row.losses(meta(rows, words, dtype=dtype), targets, count, -100, 1.0, cap, True)]
 
 
 # What is launched at sizes of published models; quick ones first.
@@ -193,7 +282,15 @@ COMPILED: dict[str, tuple[Callable[[], None], bool]] = {
         (attention, "causal", BRAIN, 128, 128, True),
         (attention, "causal", SINGLE, 128, 128, False),
         (attention, "both", HALF, 64, 64, False),
+        (path_attention, "none", BRAIN, 64, 64, True),
+        (path_attention, "state", BRAIN, 128, 128, True),
+        (path_attention, "none", SINGLE, 64, 64, False),
+        (path_attention, "state", SINGLE, 128, 128, False),
+        (path_attention, "state", HALF, 64, 64, False),
         (cross_entropy, "capped", BRAIN, 50257, 4096, True),
+        (rotate, "halves", BRAIN, 128, 64, True),
+        (rotate, "neighbours", SINGLE, 64, 16, True),
+        (rotate, "doubled", BRAIN, 128, 128, True),
         (norm, "first", BRAIN, 5120, 1, True),
         (norm, "last", BRAIN, 128, 16, True),
         (norm, "first", SINGLE, 8192, 1, False),

@@ -99,7 +99,7 @@ def _collect(kinds: set[str]) -> dict[str, str]:
         sources[module], needed = _rewrite(text)
         waiting += needed
         # Rows of an op's table name their functions as text; those in plain torch are taken along.
-        if (_ROOT / "ops" / module.rpartition(".")[2] / "reference.py").is_file():
+        if _ROOT.joinpath(*module.split(".")[1:], "reference.py").is_file():
             waiting += [f"{module}.{part}" for part in ("torch_impl", "reference")]
     return sources
 

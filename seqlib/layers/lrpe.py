@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, normal_
+from seqlib.ops import rotate
 
 __all__ = ["LRPE", "HouseholderLRPE"]
 
@@ -33,12 +34,9 @@ class LRPE(nn.Module):
         j = torch.arange(channels, device=self.theta.device, dtype=torch.float64).view(self.theta.shape)
         fill_(self.theta, 10000 ** (-2 * j / channels))
 
-    def forward(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
-        """Each of `heads` (..., nheads, headdim) as (..., nheads, 2 headdim), at integer positions (...)."""
-        theta = self.theta if self.theta.dtype == torch.float64 else self.theta.float()
-        angle = positions[..., None, None] * theta
-        cos, sin = angle.cos(), angle.sin()
-        return tuple(torch.cat([x * cos, x * sin], -1).to(x.dtype) for x in heads)
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k (..., nheads, headdim) as (..., nheads, 2 headdim), at integer positions (...)."""
+        return rotate(q, k, self.theta, positions, pairs="doubled")
 
 
 class HouseholderLRPE(nn.Module):
@@ -70,15 +68,9 @@ class HouseholderLRPE(nn.Module):
         fill_(self.theta, 10000 ** (-i / self.theta.numel()))
         normal_(self.v, 1.0)
 
-    def forward(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
-        """Each of `heads` (..., nheads, headdim), turned by integer positions (...)."""
-        wide = torch.promote_types(self.theta.dtype, torch.float32)
-        u = F.normalize(self.v.to(wide), dim=0)
-        angle = positions[..., None, None] * self.theta.to(wide)
-        cos, sin = angle.cos(), angle.sin()
-        turned = []
-        for x in heads:
-            mirrored = x.to(wide) - 2 * (x.to(wide) @ u).unsqueeze(-1) * u
-            a, b = mirrored[..., ::2], mirrored[..., 1::2]
-            turned.append(torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype))
-        return tuple(turned)
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k (..., nheads, headdim), turned by integer positions (...)."""
+        u = F.normalize(self.v.to(torch.promote_types(self.theta.dtype, torch.float32)), dim=0)
+        a, b = (x.to(u.dtype) - 2 * (x.to(u.dtype) @ u).unsqueeze(-1) * u for x in (q, k))
+        a, b = rotate(a, b, self.theta, positions, pairs="neighbours")
+        return a.to(q.dtype), b.to(k.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.ops import rotate
 
 __all__ = ["Rotary"]
 
@@ -47,14 +48,13 @@ class Rotary(nn.Module):
         self.theta, self.interleaved, self.scaling = theta, interleaved, scaling or 1.0
         self._frequencies: dict[torch.device, Tensor] = {}
 
-    def forward(self, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
-        """Rotate each of `heads` (batch, seqlen, nheads, headdim) by integer positions (batch or 1, seqlen).
+    def forward(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate q and k (batch, seqlen, heads, headdim) by integer positions (batch or 1, seqlen).
 
-        For one token per row: (batch, nheads, headdim) by (batch,).
+        For one token per row: (batch, heads, headdim) by (batch,).
         """
-        angle = positions[..., None, None] * self._frequency(positions.device)
-        cos, sin = angle.cos(), angle.sin()
-        return tuple(self._rotate(x, cos, sin) for x in heads)
+        pairs = "neighbours" if self.interleaved else "halves"
+        return rotate(q, k, self._frequency(positions.device), positions, pairs=pairs)
 
     def _frequency(self, device: torch.device) -> Tensor:
         if torch.compiler.is_compiling():  # a traced tensor must not stay behind
@@ -66,13 +66,6 @@ class Rotary(nn.Module):
     def _make_frequency(self, device: torch.device) -> Tensor:
         exponent = torch.arange(0, self.width, 2, device=device, dtype=torch.float32) / self.width
         return 1 / (self.scaling * self.theta**exponent)
-
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turned = x[..., : self.width]
-        a, b = (turned[..., ::2], turned[..., 1::2]) if self.interleaved else turned.chunk(2, -1)
-        pair = (a * cos - b * sin, b * cos + a * sin)
-        turned = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
-        return torch.cat([turned.to(x.dtype), x[..., self.width :]], -1)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, theta={self.theta}, interleaved={self.interleaved}, scaling={self.scaling}"

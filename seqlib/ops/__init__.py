@@ -11,6 +11,7 @@ from seqlib.ops.linear_scan import linear_scan
 from seqlib.ops.long_conv import long_conv
 from seqlib.ops.norm import rms_norm
 from seqlib.ops.path_attention import path_attention
+from seqlib.ops.rotate import rotate
 from seqlib.ops.rpe_attention import rpe_attention
 from seqlib.ops.selective_scan import selective_scan
 from seqlib.ops.ssm_kernel import ssm_kernel_diag, ssm_kernel_dplr
@@ -27,6 +28,7 @@ __all__ = [
     "long_conv",
     "path_attention",
     "rms_norm",
+    "rotate",
     "rpe_attention",
     "selective_scan",
     "ssm_kernel_diag",

@@ -48,8 +48,8 @@ class Call:
             ids = ids.int()
             before = torch.nn.functional.pad(ids[:, :-1], (1, 0))
         self.ids, self.before, self.scale = ids, before, scale
-        self.batch, self.seqlen, self.nheads, self.headdim = v.shape
-        self.d_state = k.shape[3]
+        self.batch, self.seqlen, self.nheads = v.shape[:3]
+        self.headdim, self.d_state = int(v.shape[3]), int(k.shape[3])  # plans are for known ones, also while tracing
         self.products = common.products(v.dtype)
         self.find_plan((self.kind, v.dtype, self.d_state, self.headdim, common.capability(v.device)))
         self.nchunks = triton.cdiv(self.seqlen, self.plan.chunk)

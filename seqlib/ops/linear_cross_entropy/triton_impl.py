@@ -54,13 +54,26 @@ def linear_cross_entropy(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    return over_chunks(losses, x, weight, targets, divisor, ignore_index, Shape(scale, softcap))
+    return over_chunks(_in_place, x, weight, targets, divisor, ignore_index, Shape(scale, softcap))
+
+
+def _in_place(
+    logits: Tensor, targets: Tensor, divisor: Tensor, ignore_index: int, shape: Shape, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    loss = _losses(logits, targets, divisor, ignore_index, shape.scale, shape.softcap, needs_gradient)
+    return loss, logits if needs_gradient else None
 
 
 def losses(
-    logits: Tensor, targets: Tensor, divisor: Tensor, ignore_index: int, shape: Shape, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The sum of the losses, and the gradient of the logits in their place."""
+    logits: Tensor,
+    targets: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float | None,
+    needs_gradient: bool,
+) -> Tensor:
+    """The sum of the losses; where it is needed, the gradient of the logits takes their place."""
     plan = common.chosen(_name(logits.dtype, common.capability(logits.device)), PLANS)
     rows, words = logits.shape
     each = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -68,12 +81,28 @@ def losses(
         kernels.losses,
         (rows,),
         *(logits, targets.contiguous(), divisor, each, logits.stride(0), ignore_index),
-        *(float(shape.scale), float(shape.softcap or 1.0)),
+        *(float(scale), float(softcap or 1.0)),
         V=words,
         B=min(plan.tile, triton.next_power_of_2(words)),
-        CAPPED=shape.softcap is not None,
+        CAPPED=softcap is not None,
         GRADIENT=needs_gradient,
         num_warps=plan.warps,
         num_stages=1,
     )
-    return each.sum(), logits if needs_gradient else None
+    return each.sum()
+
+
+_losses = torch.library.custom_op("seqlib_triton::linear_cross_entropy", losses, mutates_args=("logits",))
+
+
+@_losses.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    scale: float,
+    softcap: float | None,
+    needs_gradient: bool,
+) -> Tensor:
+    return logits.new_empty((), dtype=torch.float32)

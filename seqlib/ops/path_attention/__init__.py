@@ -17,7 +17,24 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["IMPLS", "OP", "PathState", "path_attention", "step"]
 
 _HERE = "seqlib.ops.path_attention"
+
+
+def _one_tile(facts: Facts) -> str | None:
+    width = max(facts.size("headdim"), facts.size("headdim_v"))
+    return None if width <= 128 else f"heads are {width} wide; it takes up to 128"
+
+
 IMPLS = (
+    Impl(
+        "triton",
+        "chunked",
+        f"{_HERE}.triton_impl:path_attention",
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        needs=("triton>=3.6",),
+        limits=_one_tile,
+        gate=f"{_HERE}.triton_impl:gate",
+    ),
     Impl("torch", "chunked", f"{_HERE}.torch_impl:path_attention_chunked"),
     Impl("reference", "reference", f"{_HERE}.reference:path_attention"),
 )
@@ -55,6 +72,7 @@ def facts(
         q.shape[1],
         torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         frozenset(name for name, given in used.items() if given),
+        (("headdim", q.shape[-1]), ("headdim_v", v.shape[-1])),
     )
 
 

@@ -7,7 +7,8 @@ earlier blocks come to the block of a query through the products of the blocks b
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,34 @@ from seqlib.ops.derivatives import recomputed
 from seqlib.ops.path_attention.state import PathState
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["path_attention_chunked", "step"]
+__all__ = [
+    "Blocks",
+    "Past",
+    "attend",
+    "block_maps",
+    "by_block",
+    "by_token",
+    "in_blocks",
+    "path_attention_chunked",
+    "step",
+]
 
 CHUNK = 128
 
 
-class _Past(NamedTuple):
+class Blocks(NamedTuple):
+    """Tokens in blocks, (b, g, c, q, ...). The query heads of one key head stand one after the other: their rows are
+    r q. The maps of a block are I - w^T tw."""
+
+    q: Tensor  # brought to the beginning of their block
+    k: Tensor  # brought to its end
+    v: Tensor
+    w: Tensor
+    tw: Tensor
+    local: Tensor  # b g c (r q) k, scores within a block
+
+
+class Past(NamedTuple):
     """Keys and values of the state, and which of them are filled. Per head: (b, g, s, ...)."""
 
     k: Tensor
@@ -34,7 +57,19 @@ class _Past(NamedTuple):
     decay: Tensor | None  # b h s, negative sums
 
 
+# ((q, k, v, w, beta and maybe the sums of log-decays), past, scale, chunk_size) -> y, the keys brought to the end, and
+# those of the past brought there, (batch, seqlen, heads, headdim) each.
+_Form = Callable[[tuple[Tensor, ...], Past | None, float, "int | None"], tuple[Tensor, Tensor, "Tensor | None"]]
+
+
 def path_attention_chunked(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, log_decay: Tensor | None, **options: Any
+) -> tuple[Tensor, PathState]:
+    return attend(_attend, q, k, v, w, beta, log_decay, **options)
+
+
+def attend(
+    form: _Form,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -53,11 +88,11 @@ def path_attention_chunked(
         if seq is not None and seq.padding_mask is not None:
             log_decay = torch.where(seq.padding_mask[..., None], log_decay, 0)
         sums = log_decay.cumsum(1)
-    high, chunk = torch.promote_types(q.dtype, torch.float32), chunk_size or CHUNK
+    high = torch.promote_types(q.dtype, torch.float32)
     inputs = (q, k, v, w, beta) if sums is None else (q, k, v, w, beta, sums)
     held = None if state is None else state.k.to(high)
     if seq is None or seq.shape is None:
-        y, keys, held = _attend(inputs, _past(state, None), scale, chunk)
+        y, keys, held = form(inputs, _past(state, None), scale, chunk_size)
     else:
         y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
         keys = k.flatten(0, 1).to(high)
@@ -65,7 +100,7 @@ def path_attention_chunked(
             q_, k_, v_, w_, beta_, *sums_ = (t.flatten(0, 1)[index] for t in inputs)
             beta_ = torch.where(real[..., None], beta_, 0)
             past = None if rows is None else _past(state, rows)
-            part, brought, old = _attend((q_, k_, v_, w_, beta_, *sums_), past, scale, chunk)
+            part, brought, old = form((q_, k_, v_, w_, beta_, *sums_), past, scale, chunk_size)
             y = y.index_copy(0, index[real], part[real])
             keys = keys.index_copy(0, index[real], brought[real])
             if held is not None and rows is not None and old is not None:
@@ -78,7 +113,7 @@ def path_attention_chunked(
     return y, PathState(final.k, final.v, final.length, final.log_decay)
 
 
-def _past(state: PathState | None, rows: Tensor | None) -> _Past | None:
+def _past(state: PathState | None, rows: Tensor | None) -> Past | None:
     """The filled part of the state, of all rows or of some."""
     if state is None or int(state.length.max()) == 0:
         return None
@@ -89,39 +124,60 @@ def _past(state: PathState | None, rows: Tensor | None) -> _Past | None:
     filled = int(length.max())
     live = torch.arange(filled, device=k.device) < length[:, None]
     k, v = (t[:, :filled].transpose(1, 2) for t in (k, v))
-    return _Past(k, v, live, None if decay is None else decay[:, :filled].transpose(1, 2))
+    return Past(k, v, live, None if decay is None else decay[:, :filled].transpose(1, 2))
 
 
-def _attend(
-    inputs: tuple[Tensor, ...], past: _Past | None, scale: float, chunk: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, the keys brought to the end, and those of the state brought there, (batch, seqlen, heads, headdim) each."""
-    q, k, v, w, beta, *sums = inputs
-    seqlen, nheads = q.shape[1:3]
-    nheads_kv, high = k.shape[2], torch.promote_types(q.dtype, torch.float32)
-    group, chunk = nheads // nheads_kv, min(chunk, seqlen)
-    tail = -seqlen % chunk
+def in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, chunk: int, inverse: Callable[[Tensor, Tensor], Tensor]
+) -> Blocks:
+    """`inverse` makes (I + tril(diag(beta) W W^T, -1))^-1 from W and beta."""
+    nheads, nheads_kv = q.shape[2], k.shape[2]
+    high = torch.promote_types(q.dtype, torch.float32)
 
     def blocks(t: Tensor) -> Tensor:  # b g c q ...
-        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, tail)).to(high)
-        return t.unflatten(1, (-1, chunk)).movedim(3, 1)
+        return by_block(t, chunk).to(high)
 
     K, V, W, B = blocks(k), blocks(v), blocks(w), blocks(beta)
-    # The query heads of one key head stand among the queries: their rows are r q.
-    Q = blocks(q).unflatten(1, (nheads_kv, group)).transpose(2, 3).flatten(3, 4)
+    Q = blocks(q).unflatten(1, (nheads_kv, -1)).transpose(2, 3).flatten(3, 4)
     WT = W.transpose(-1, -2)
-    system = (B.unsqueeze(-1) * (W @ WT)).tril(-1) + torch.eye(chunk, dtype=high, device=q.device)
-    T = torch.linalg.solve_triangular(system, torch.diag_embed(B), upper=False, unitriangular=True)
+    T = inverse(W, B) * B.unsqueeze(-2)
     below = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
-    below = below.repeat(group, 1)
+    below = below.repeat(nheads // nheads_kv, 1)
     TW = T @ W
     QW = torch.where(below, Q @ WT, 0)
     TWK = T @ (W @ K.transpose(-1, -2)).tril(-1)
     local = (Q @ K.transpose(-1, -2) - QW @ TWK).masked_fill(~below, -torch.inf)
-    Q = Q - QW @ TW
-    K = K - TWK.transpose(-1, -2) @ W
-    maps = torch.eye(W.shape[-1], dtype=high, device=q.device) - WT @ TW  # b g c p p
-    G = None if not sums else F.pad(sums[0], (0, 0, 0, tail)).unflatten(1, (-1, chunk)).movedim(3, 1)  # b h c q
+    return Blocks(Q - QW @ TW, K - TWK.transpose(-1, -2) @ W, V, W, TW, local)
+
+
+def by_block(t: Tensor, chunk: int) -> Tensor:
+    """(b, heads, blocks, chunk, ...) from (b, seqlen, heads, ...), with zeros at the end."""
+    t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % chunk))
+    return t.unflatten(1, (-1, chunk)).movedim(3, 1)
+
+
+def by_token(t: Tensor, group: int, seqlen: int) -> Tensor:
+    """(b, seqlen, heads, ...) from the blocks of queries (b, g, c, r q, ...)."""
+    t = t.unflatten(3, (group, -1)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    return t.transpose(1, 2)[:, :seqlen]
+
+
+def _inverse(W: Tensor, B: Tensor) -> Tensor:
+    eye = torch.eye(W.shape[-2], dtype=W.dtype, device=W.device)
+    system = (B.unsqueeze(-1) * (W @ W.transpose(-1, -2))).tril(-1) + eye
+    return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
+
+
+def _attend(
+    inputs: tuple[Tensor, ...], past: Past | None, scale: float, chunk_size: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, k, v, w, beta, *sums = inputs
+    seqlen, nheads = q.shape[1:3]
+    group, high = nheads // k.shape[2], torch.promote_types(q.dtype, torch.float32)
+    chunk = min(chunk_size or CHUNK, seqlen)
+    Q, K, V, W, TW, local = in_blocks(q, k, v, w, beta, chunk, _inverse)
+    maps = block_maps(W, TW)
+    G = None if not sums else by_block(sums[0], chunk)  # b h c q
 
     def rows(a: int) -> Tensor:
         """y of block a: (b, g, r q, p)."""
@@ -145,11 +201,16 @@ def _attend(
     for a in range(K.shape[2]):
         # A block sees all keys before it; kept for the backward pass of every block they would be quadratic.
         parts.append(recomputed(rows, a))
-    y = torch.stack(parts, 2).unflatten(3, (group, chunk)).transpose(2, 3).flatten(1, 2).flatten(2, 3)  # b h l p
+    y = by_token(torch.stack(parts, 2), group, seqlen)
     here, there = _ways(maps)
     brought = (K @ here.transpose(-1, -2)).flatten(2, 3).transpose(1, 2)
     held = None if past is None else (past.k.to(high) @ there.transpose(-1, -2)).transpose(1, 2)
-    return y.transpose(1, 2)[:, :seqlen].to(q.dtype), brought[:, :seqlen], held
+    return y.to(q.dtype), brought[:, :seqlen], held
+
+
+def block_maps(W: Tensor, TW: Tensor) -> Tensor:
+    """The product of the maps of each block (b, g, c, n, n)."""
+    return torch.eye(W.shape[-1], dtype=W.dtype, device=W.device) - W.transpose(-1, -2) @ TW
 
 
 def _ways(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +223,7 @@ def _ways(maps: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(ways[::-1], 2) if ways else maps, way
 
 
-def _decays(G: Tensor, a: int, past: _Past | None, group: int, high: torch.dtype) -> Tensor:
+def _decays(G: Tensor, a: int, past: Past | None, group: int, high: torch.dtype) -> Tensor:
     """(b, g, r q, s): the log-decays between the queries of block a and every key up to it."""
     first = G[:, :, a, :1]
     keys = G[:, :, : a + 1].flatten(2, 3)
