@@ -1,10 +1,12 @@
 """Long-sequence modeling with state spaces, linear attention and hybrids, on fast kernels, inside Hugging Face."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seqlib import _register
-from seqlib.dispatch import explain, use_backend
+
+if TYPE_CHECKING:
+    from seqlib.dispatch import explain, use_backend
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,9 +23,11 @@ _register.install()
 
 _ELSEWHERE = {
     "accelerate_transformers": "seqlib.hf.accelerate",
+    "explain": "seqlib.dispatch",
     "export": "seqlib.hf.auto",
     "export_remote_code": "seqlib.hf.remote",
     "from_pretrained": "seqlib.hf.auto",
+    "use_backend": "seqlib.dispatch",
 }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from seqlib.errors import UnsupportedInput
-from seqlib.hf import SeqlibForCausalLM, SeqlibForSequenceClassification, SeqlibTrainer
+from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.hf import SeqlibConfig, SeqlibForCausalLM, SeqlibForSequenceClassification, SeqlibTrainer
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 DATA = [{"input_ids": p[0].tolist(), "labels": p[0].tolist()} for p in prompt(*[8] * 8)]
@@ -48,6 +48,26 @@ def test_loss_without_logits_equals_loss_with_logits(model, items) -> None:
     lean = model(**asked, return_logits=False)
     assert lean.logits is None
     close_gradients(model, lean.loss, model(**asked).loss)
+
+
+@pytest.mark.parametrize("with_logits", [True, False])
+def test_loss_does_not_depend_on_the_side_of_padding(model, with_logits: bool) -> None:
+    prompts = prompt(3, 8)
+    losses = []
+    for side in ("left", "right"):
+        ids, mask = left_padded(prompts, side)
+        labels = ids.masked_fill(mask == 0, -100)
+        losses.append(model(ids, attention_mask=mask, labels=labels, return_logits=with_logits).loss)
+    torch.testing.assert_close(*losses)
+    alone = [model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in prompts]
+    torch.testing.assert_close(losses[0], sum(alone) / (3 + 8 - 2))
+
+
+def test_a_mixer_that_looks_ahead_makes_no_language_model() -> None:
+    mixers = {"m": {"kind": "mamba"}, "f": {"kind": "fnet"}}
+    config = SeqlibConfig(d_model=16, n_layer=2, vocab_size=9, layer_pattern="m f", mixers=mixers)
+    with pytest.raises(ConfigError, match="fnet reads what follows"):
+        SeqlibForCausalLM(config)
 
 
 def test_number_of_items_divides_the_sum(model) -> None:

@@ -325,6 +325,26 @@ def test_batch_rows_are_independent(config: dict) -> None:
 
 
 @causal
+def test_autocast_may_begin_and_end_anywhere(config: dict) -> None:
+    """Spans and steps inside it and outside go on from each other."""
+    mixer, x = _mixer(config, torch.float32), _input(2, 12, torch.float32)
+    with torch.no_grad():
+        want, _ = mixer(x)
+        for inside in ((True, True, True), (True, False, False), (False, True, True), (True, False, True)):
+            state, parts = mixer.initial_state(2, 12), []
+            for span, wanted in zip((x[:, :7], x[:, 7:11], x[:, 11:]), inside):
+                with torch.autocast("cpu", torch.bfloat16, enabled=wanted):
+                    if span.shape[1] > 1:
+                        y, state = mixer(span, state)
+                    else:
+                        y, state = mixer.step(span[:, 0], state)
+                        y = y[:, None]
+                parts.append(y.float())
+            error = (torch.cat(parts, 1) - want).square().mean().sqrt()
+            assert error < 0.05 * want.square().mean().sqrt(), inside
+
+
+@causal
 def test_state_is_as_declared(config: dict) -> None:
     mixer = _mixer(config, torch.float32)
     for batch, seqlen in ((1, 4), (3, 40)):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
@@ -19,7 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from seqlib.errors import UnsupportedInput
+from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.hf.cache import SeqlibCache
 from seqlib.hf.card import Card
 from seqlib.hf.configuration import SeqlibConfig
@@ -31,7 +32,7 @@ from seqlib.layers.linear import Linear
 from seqlib.layers.mlp import MLP
 from seqlib.layers.moe import MoE
 from seqlib.layers.norm import RMSNorm
-from seqlib.mixers import Mixer
+from seqlib.mixers import Mixer, looks_ahead
 from seqlib.models.aside import Aside, AsideUse, LowRank
 from seqlib.models.backbone import Backbone
 from seqlib.models.block import Block
@@ -233,6 +234,12 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
     computes_loss_without_logits = True
 
     def __init__(self, config: SeqlibConfig) -> None:
+        ahead = sorted({m.kind for m in config.backbone.mixers.values() if looks_ahead(m)})
+        if ahead:
+            raise ConfigError(
+                f"{', '.join(ahead)} reads what follows, so a language model would see the tokens it predicts; use a "
+                "causal mixer, or a classification model"
+            )
         super().__init__(config)
         self.model = SeqlibModel(config)
         self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
@@ -256,7 +263,8 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         """Next-token logits, and with labels their loss. Arguments as for `SeqlibModel.forward`, and:
 
         Args:
-            labels: (batch, seqlen), the input ids themselves, -100 where a token is not scored.
+            labels: (batch, seqlen), the input ids themselves, -100 where a token is not scored. A token after padding
+                is not: nothing is known before it.
             logits_to_keep: how many of the last positions get logits (0: all), or their indices.
             return_logits: False with labels computes the loss from the hidden states, a few positions at a time, and
                 leaves `logits` None: at long lengths the logits are most of the memory. `SeqlibTrainer` asks for it
@@ -279,6 +287,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
+        labels = labels if labels is None else _after_tokens(labels, attention_mask)
         plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
         shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
         if labels is not None and shift_labels is None and not return_logits and plain:
@@ -317,6 +326,14 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()  # the other model will take drafts back
         model_kwargs["past_key_values"] = cache
+
+
+def _after_tokens(labels: Tensor, attention_mask: Any) -> Tensor:
+    """Labels with -100 where the position before is padding."""
+    batch, seqlen = labels.shape
+    width = attention_mask.shape[-1] if isinstance(attention_mask, Tensor) else 0
+    real = padding_mask(batch, seqlen, max(0, width - seqlen), attention_mask)
+    return labels if real is None else labels.masked_fill(F.pad(~real[:, :-1], (1, 0)), -100)
 
 
 class SeqlibForSequenceClassification(SeqlibPreTrainedModel):

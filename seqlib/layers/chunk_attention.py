@@ -70,8 +70,8 @@ def chunk_attention(
         old = torch.arange(size, device=q.device) < at[continued][:, None]
         where = group[continued][:, None].expand_as(old)[old], old.nonzero()[:, 1]
         row = rows[continued][:, None].expand_as(old)[old]
-        keys = keys.index_put(where, state.k[row, where[1], 0])
-        values = values.index_put(where, state.v[row, where[1], 0])
+        keys = keys.index_put(where, state.k[row, where[1], 0].to(keys.dtype))
+        values = values.index_put(where, state.v[row, where[1], 0].to(values.dtype))
         filled = filled.index_put(where, filled.new_ones(()))
 
     visible = filled[:, None].expand(-1, size, -1)
@@ -102,8 +102,8 @@ def chunk_attention_step(
         for held in (state.k, state.v, state.length):
             held.masked_fill_(over.view(-1, *[1] * (held.dim() - 1)), 0)
     rows = torch.arange(len(q), device=q.device)
-    state.k[rows, state.length, 0] = k
-    state.v[rows, state.length, 0] = v
+    state.k[rows, state.length, 0] = k.to(state.k.dtype)
+    state.v[rows, state.length, 0] = v.to(state.v.dtype)
     size = int(state.length.max()) + 1 if looks else state.capacity
     index = torch.arange(size, device=q.device)
     bias = relative(size)[(index - state.length[:, None] + size - 1).clamp(max=2 * size - 2)][:, None]
@@ -136,7 +136,7 @@ def _state(
     seen = last >= 0
     last = last[seen]
     room = (0, 0, 0, made.capacity - keys.shape[1])
-    k, v = (F.pad(t[group[last]], room)[:, :, None] for t in (keys, values))
+    k, v = (F.pad(t[group[last]], room)[:, :, None].to(made.k.dtype) for t in (keys, values))
     return KVState(
         made.k.index_put((seen,), k), made.v.index_put((seen,), v), made.length.index_put((seen,), at[last] + 1)
     )

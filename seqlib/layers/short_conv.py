@@ -16,8 +16,9 @@ __all__ = ["ShortConv"]
 class ShortConv(nn.Module):
     """Depthwise causal convolution of width d_conv with an optional SiLU: the parameters around `ops.causal_conv1d`.
 
-    State: (batch, d_conv - 1, d), the last inputs, oldest first. Weight (d, d_conv) is the squeezed `nn.Conv1d` weight
-    of published checkpoints, and so is its initialisation, U(-1/sqrt(d_conv), 1/sqrt(d_conv)).
+    State: (batch, d_conv - 1, d), the last inputs, oldest first, in the dtype of the weight, because inputs change
+    theirs where autocast begins or ends. Weight (d, d_conv) is the squeezed `nn.Conv1d` weight of published
+    checkpoints, and so is its initialisation, U(-1/sqrt(d_conv), 1/sqrt(d_conv)).
     """
 
     def __init__(self, d: int, d_conv: int, *, bias: bool = True, activation: str | None = "silu") -> None:
@@ -34,11 +35,14 @@ class ShortConv(nn.Module):
             uniform_(self.bias, bound)
 
     def forward(self, x: Tensor, state: Tensor | None, seq: SequenceInfo | None) -> tuple[Tensor, Tensor]:
-        return causal_conv1d(x, self.weight, self.bias, activation=self.activation, initial_state=state, seq=seq)
+        state = None if state is None else state.to(x.dtype)
+        y, state = causal_conv1d(x, self.weight, self.bias, activation=self.activation, initial_state=state, seq=seq)
+        return y, state.to(self.weight.dtype)
 
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         """One position (batch, d); `state` is updated in place."""
-        return step(x, self.weight, self.bias, state, activation=self.activation)
+        y = step(x.to(state.dtype), self.weight, self.bias, state, activation=self.activation)
+        return y.to(x.dtype)
 
     def initial_state(self, batch: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
         d, d_conv = self.weight.shape

@@ -153,8 +153,8 @@ class Hyena(Mixer[HyenaConfig]):
         self, x: Tensor, state: HyenaState | None = None, seq: SequenceInfo | None = None
     ) -> tuple[Tensor, HyenaState]:
         self.check(x, seq)
-        before, past = (None, None) if state is None else (state.conv, state.stream.past())
-        mixed, conv = self.conv1d(self.in_proj(x), before, seq)
+        mixed, conv = self.conv1d(self.in_proj(x), None if state is None else state.conv, seq)
+        past = None if state is None else state.stream.past().to(mixed.dtype)
         backend = self.backend("long_conv")
 
         def gated(mixed: Tensor, kernel: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ class Hyena(Mixer[HyenaConfig]):
         given = mixed, self.kernel(), past
         # What is between the gates is made again in the backward pass: one convolution more, two tensors fewer to keep.
         y, inputs = recomputed(gated, *given)
-        return self.out_proj(y), HyenaState(conv, InputsState(inputs))
+        return self.out_proj(y), HyenaState(conv, InputsState(inputs.to(conv.dtype)))
 
     def step(self, x: Tensor, state: HyenaState) -> tuple[Tensor, HyenaState]:
         online = self._kept("online", None, [*self._sources(), self.D], lambda: OnlineConv(self.kernel(), self.D))

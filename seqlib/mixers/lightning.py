@@ -147,7 +147,7 @@ class Lightning(MatrixMixer[LightningConfig]):
             q, k, v = F.silu(q), F.silu(k), F.silu(v) if variant == "minimax" else v
         q, k, v = (t.unflatten(-1, (-1, self.headdim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         for place in (self.lrpe, self.rotary):
             if place is not None:
                 assert at is not None

@@ -135,7 +135,8 @@ class RPEAttention(Mixer[RPEAttentionConfig]):
             q, k = features(wide(q)), features(wide(k))
         else:
             q, k = positive_random(q, self.directions), positive_random(k, self.directions)
-        return q, k, wide(v)
+        v = wide(v)
+        return q.to(v.dtype), k.to(v.dtype), v
 
     def initial_state(
         self,
