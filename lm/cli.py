@@ -28,6 +28,15 @@ Sources = Annotated[
     list[str] | None,
     typer.Argument(help="Text files, folders or data set names, in any mix; none: Python's standard library."),
 ]
+
+
+def _for_writing(path: Path | None) -> Path | None:
+    from seqlib.hf.runs import for_writing
+
+    return for_writing(path)
+
+
+JsonFile = Annotated[Path | None, typer.Option("--json", callback=_for_writing, help="Write the figures here.")]
 Suffix = Annotated[list[str] | None, typer.Option(help="Take only files of folders that end so, such as .py.")]
 Column = Annotated[str | None, typer.Option(help="Text column of data sets.")]
 
@@ -75,9 +84,9 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Tokens per forward; bounds memory and changes nothing else.")] = 2048,
-    max_bytes: Annotated[int | None, typer.Option(help="Stop after the document that reaches it.")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward; bounds memory, changes nothing else.")] = 2048,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop after the document that reaches it.")] = None,
+    output: JsonFile = None,
     seed: Annotated[int, typer.Option(help="Seed of the split, where --split is given with sources.")] = 0,
     suffix: Suffix = None,
     column: Column = None,
@@ -115,8 +124,8 @@ def generate(
     lines: Annotated[
         Path | None, typer.Option(help='JSON lines with a "prompt" or "messages" each; answers come as JSON lines.')
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Lines continued together.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines continued together.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Number of tokens to sample from; 0: all.")] = 0,
@@ -173,9 +182,9 @@ def bench(
         list[str] | None,
         typer.Argument(help="Ops; or mamba-130m for whole models, linear-family for its table; none: all ops."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: JsonFile = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for ops.")] = "float32",
-    repeats: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each contender.")] = 15,
     budget: Annotated[float, typer.Option(help="Seconds for each contender and comparison.")] = 5.0,
 ) -> None:
     """Time ops and models beside their peers in transformers, each checked for equal results first."""
@@ -204,8 +213,8 @@ def sweep(
         list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of runs; finished ones in it are kept.")] = Path("runs/sweep"),
-    max_bytes: Annotated[int, typer.Option(help="Test bytes to score, in whole documents.")] = 300_000,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here too.")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Test bytes to score, in whole documents.")] = 300_000,
+    json_file: JsonFile = None,
     suffix: Suffix = None,
     column: Column = None,
 ) -> None:

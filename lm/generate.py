@@ -97,7 +97,7 @@ def generate(
         top_p: sample from the likeliest tokens that hold this share of the probability, 0 < top_p <= 1.
         top_k: sample from the k likeliest tokens; 0 for all.
         seed: makes sampling repeatable.
-        out: a text stream that shows prompt and continuation as they come.
+        out: a text stream that shows prompt and continuation as they come, or with several beams in the end.
         raw: False puts the prompt into the tokenizer's chat template, if it has one, as what a user says.
         settings: further fields of transformers' GenerationConfig.
 
@@ -106,7 +106,8 @@ def generate(
     """
     options = _options(max_new_tokens, temperature, top_p, top_k, settings or {})
     streamer: Any = None
-    if out is not None:
+    streams = options.get("num_beams", 1) == 1  # beams are known in the end
+    if out is not None and streams:
         is_bytes = isinstance(tokenizer, seqlib.hf.ByteTokenizer)
         streamer = _ByteStreamer(out) if is_bytes else TextStreamer(tokenizer, skip_special_tokens=True)
     if seed is not None:
@@ -114,7 +115,10 @@ def generate(
     ids = _ids(tokenizer, prompt, raw)
     begun = time.perf_counter()
     ((prompt_ids, said),) = _continue(model, tokenizer, [ids], options | {"streamer": streamer})
-    return Generation(_bytes(tokenizer, [*prompt_ids, *said]), len(said), time.perf_counter() - begun)
+    made = Generation(_bytes(tokenizer, [*prompt_ids, *said]), len(said), time.perf_counter() - begun)
+    if out is not None and not streams:
+        out.write(made.data.decode(errors="replace") + "\n")
+    return made
 
 
 def generate_lines(

@@ -21,6 +21,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _for_writing(path: Path | None) -> Path | None:
+    from seqlib.hf.runs import for_writing
+
+    return for_writing(path)
+
+
+JsonFile = Annotated[Path | None, typer.Option("--json", callback=_for_writing, help="Write the figures here.")]
 Data = Annotated[Path | None, typer.Option(help="Folder or archive that holds the data of the task.")]
 Generate = Annotated[bool, typer.Option("--generate", help="Make the examples here (listops, pathfinder).")]
 Settings = Annotated[
@@ -29,7 +38,7 @@ Settings = Annotated[
 Protocol = Annotated[str, typer.Option(help="seqlib, lra, s4 or nys: how data is cut, split and read.")]
 AnySize = Annotated[bool, typer.Option("--any-size", help="Accept splits of other sizes than the published ones.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of prepared data; default: the cache of `datasets`.")]
-Processes = Annotated[int, typer.Option(help="Processes that generate images.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes that generate images.")]
 Seed = Annotated[int, typer.Option(help="Seed of generated data.")]
 
 
@@ -60,7 +69,7 @@ def train(
         str | None, typer.Option(help='A kind for every layer, "gated_conv based" in turn, or JSON.')
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="seqlib, lra, s4 or nys; default: the recipe's.")] = None,
-    seeds: Annotated[int, typer.Option(help="Runs, with seeds 0, 1, ...")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds 0, 1, ...")] = 1,
     settings: Settings = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the runs.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of runs to continue; nothing else is given then.")] = None,
@@ -98,8 +107,10 @@ def train(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Outputs of train with one recipe and different mixers.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-    chart: Annotated[Path | None, typer.Option(help="Draw them here: a .png, .svg or .pdf file.")] = None,
+    json_file: JsonFile = None,
+    chart: Annotated[
+        Path | None, typer.Option(callback=_for_writing, help="Draw them here: .png, .svg or .pdf.")
+    ] = None,
 ) -> None:
     """Put finished runs that differ only in their mixers side by side."""
     from .compare import compare_runs, plot_comparison, show_comparison
@@ -123,7 +134,7 @@ def evaluate(
     seed: Seed = 0,
     any_size: AnySize = False,
     cache: Cache = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    output: JsonFile = None,
 ) -> None:
     """Accuracy with its interval, by class, speed, memory, and whether it depends on batching or padding."""
     from . import report
@@ -146,12 +157,12 @@ def suite(
             help='Kinds to rank, "gated_conv based" for layers in turn, or JSON; default: some of each family.'
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs per task and mixer.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per task and mixer.")] = 1,
     minutes: Annotated[
-        float | None, typer.Option(help="No run begins after this long; default: the tier's, per seed.")
+        float | None, typer.Option(min=0, help="No run begins after this long; default: the tier's, per seed.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder; finished runs in it are kept.")] = Path("runs/suite"),
-    processes: Annotated[int, typer.Option(help="Runs at a time, each on one thread if there are several.")] = 2,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, each on one thread if there are several.")] = 2,
 ) -> None:
     """Rank mixers on recall and state tracking: accuracy, steps to 90 %, state size, longer sequences."""
     from .suite import run_suite
@@ -165,9 +176,9 @@ def speed(
         Path | None, typer.Option("--peer-s4", help="Checkout of state-spaces/s4; needs einops and scipy.")
     ] = None,
     long: Annotated[bool, typer.Option(help="Also one sequence of 1,048,576 positions (24 GB).")] = True,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each contender.")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each contender.")] = 7,
     budget: Annotated[float, typer.Option(help="Seconds for each contender and comparison.")] = 60.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time state-space layers beside the code that published them, checked for equal results first."""
     from .speed import LONG, bench_state_spaces, show_state_spaces
@@ -186,8 +197,8 @@ def throughput(
     any_size: AnySize = False,
     cache: Cache = None,
     peer_s4: Annotated[Path | None, typer.Option(help="Checkout of state-spaces/s4; needs einops and scipy.")] = None,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each.")] = 10,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 10,
+    output: JsonFile = None,
 ) -> None:
     """Time reading, training and evaluating; generated tasks make a few hundred examples for it."""
     from . import seeds

@@ -184,6 +184,8 @@ def open_run(folder: Path) -> tuple[Recipe, DataSource, dict[str, Any]]:
         raise ConfigError(f"{folder} is no run folder (it has no recipe.json); give the --output of an earlier train")
     try:
         values = json.loads(path.read_text())
+        if "task" not in values["recipe"]:
+            raise ConfigError(f"{folder} is no run of seqlib-lra: its recipe names no task")
         return Recipe.from_dict(values["recipe"]), DataSource(**values["data"]), values
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error

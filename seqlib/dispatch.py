@@ -165,6 +165,9 @@ def use_backend(name: str | None = None, **per_op: str) -> Iterator[None]:
     >>> with use_backend(selective_scan="torch"):
     ...     pass
     """
+    unknown = sorted(per_op.keys() - set(op_names())) if per_op else []
+    if unknown:
+        raise BackendUnavailable(f"unknown op {', '.join(unknown)}; known: {', '.join(op_names())}")
     chosen = dict(_scope.get() or {})
     if name is not None:
         chosen = {"*": _known(name)}

@@ -381,6 +381,11 @@ def test_mixer_traces_as_one_graph() -> None:
         torch.testing.assert_close(compiled(x), mixer(x)[0])
 
 
+def test_a_backend_for_an_op_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(BackendUnavailable, match="unknown op attenton"), use_backend(attenton="torch"):
+        pass
+
+
 def test_mixer_backend_is_the_one_its_config_pins() -> None:
     pinned = build_mixer({"kind": "attention", "nheads": 2, "backend": "native"}, 32)
     with pytest.raises(BackendUnavailable, match="backend='native' was asked for"):

@@ -68,6 +68,12 @@ def test_any_option_of_transformers_reaches_it(speaker: Path, monkeypatch, capsy
     assert all(row["new_tokens"] <= 5 and "o" not in row["completion"] for row in outputs[1])
 
 
+def test_several_beams_are_shown_in_the_end(speaker: Path, monkeypatch, capsys) -> None:
+    command = ["seqlib-lm", "generate", str(speaker), "--prompt", "ab", "--temperature", "0", "--max-new-tokens", "4"]
+    assert run(monkeypatch, [*command, "--set", "num_beams=2"]) == 0
+    assert capsys.readouterr().out.startswith("ab")
+
+
 @pytest.mark.parametrize("family, fields", [("mamba", MAMBA), ("jamba", JAMBA)])
 def test_a_foreign_checkpoint_speaks_with_a_tokenizer_from_elsewhere(
     family: str, fields: dict, speaker: Path, tmp_path: Path, monkeypatch, capsys

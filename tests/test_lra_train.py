@@ -247,6 +247,23 @@ def test_runs_of_one_recipe_side_by_side(tmp_path: Path) -> None:
         compare_runs([tmp_path])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["train", "copying", "--output", "{}/x", "--seeds", "0"], "should be greater than or equal to 1"),
+        (["suite", "smoke", "--processes", "0"], "should be greater than or equal to 1"),
+        (["suite", "smoke", "--minutes", "-1"], "should be greater than or equal to 0"),
+        (["compare", "{}", "--json", "{}/nowhere/x.json"], "cannot be written"),
+        (["evaluate", "--model", "{}"], "no run of seqlib-lra"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(arguments: list[str], reason: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": {"name": "demo"}, "data": {}}))
+    call = CliRunner().invoke(cli.app, [a.format(tmp_path) for a in arguments])
+    assert call.exit_code and reason in call.output + str(call.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
 @pytest.mark.parametrize("task", RECALL)
 def test_streams_repeat_and_move_on(task: str) -> None:
     a, b = (Stream(RECALL[task], {}, seed=3, batch_size=4, batches=5) for _ in range(2))

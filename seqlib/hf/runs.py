@@ -12,9 +12,20 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from seqlib.errors import ConfigError
 
-__all__ = ["override", "read_metrics", "save_figure", "write_aside"]
+__all__ = ["for_writing", "override", "read_metrics", "save_figure", "write_aside"]
 
 R = TypeVar("R")
+
+
+def for_writing(path: Path | None) -> Path | None:
+    """The path, for an option of a command line that writes there in the end.
+
+    Raises:
+        ConfigError: nothing can be written there, which is better known before the work than after it.
+    """
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ConfigError(f"{path} cannot be written; give the name of a file in a folder that exists and is writable")
+    return path
 
 
 def write_aside(path: Path, text: str) -> None:
