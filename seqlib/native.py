@@ -240,6 +240,7 @@ def _compile(target: str, compiler: str, library: Path, arch: Sequence[str]) -> 
     torch_root = Path(torch.__file__).parent
     include = [f"-I{sources() / 'include'}", f"-I{sources() / _FOLDER[target]}"]
     with_torch = [f"-isystem{torch_root / 'include'}", f"-DTORCH_TARGET_VERSION={_ABI}"]
+    with_torch.append(f"-ffile-prefix-map={sources()}=kernels")  # what errors say of their origin
     (library.parent / "objects").mkdir(exist_ok=True)
 
     def compile_unit(unit: Unit) -> Path:
