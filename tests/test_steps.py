@@ -57,6 +57,38 @@ def test_the_whole_is_its_parts(name: str, batch: int, dtype: torch.dtype) -> No
     assert len(calls) == 5
 
 
+MAMBA2: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "groups": {"d_state": 37, "headdim": 12, "d_inner": 72, "ngroups": 3, "bias": True},
+    "norm before gate": {"norm_before_gate": True, "ngroups": 2, "conv_bias": False},
+    "no norm": {"norm": False, "D_per_channel": True},
+    "limits": {"dt_limit_min": 0.4, "dt_limit_max": 0.9, "d_conv": 3},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MAMBA2)
+def test_mamba2_as_a_whole_is_its_parts(name: str, dtype: torch.dtype) -> None:
+    """Alone, and as a residual branch whose stream is float32; its step size comes from another softplus."""
+    torch.manual_seed(0)
+    mixer = build_mixer({"kind": "mamba2", "headdim": 8, "d_state": 16} | MAMBA2[name], 40).to(dtype)
+    norm, close = RMSNorm(40).to(dtype), {"atol": 1e-5 if dtype == torch.float32 else 2e-2, "rtol": 0.0}
+    with torch.no_grad():
+        mixer.D.uniform_(0.5, 1.5)
+        norm.weight.uniform_(0.5, 1.5)
+        for batch in (1, 3):
+            whole, parts = mixer.initial_state(batch), mixer.initial_state(batch)
+            for x in torch.randn(4, batch, 40):
+                assert mixer.why_apart(x.to(dtype), whole) is None and mixer.why_apart(x, whole, norm) is None
+                got = mixer.step(x.to(dtype), whole)[0], mixer.added_step(x, norm, whole)[0]
+                with use_backend("torch"):
+                    want = mixer.step(x.to(dtype), parts)[0], mixer.added_step(x, norm, parts)[0]
+                for a, b in zip(got, want):
+                    torch.testing.assert_close(a, b, **close)
+            for a, b in zip(whole.tensors(), parts.tensors()):
+                torch.testing.assert_close(a, b, **close)
+
+
 def test_whoever_wants_the_parts_gets_them() -> None:
     """Backends asked for, gradients, adapters in the place of a projection, and what the library does not take."""
     x, given = torch.zeros(2, 40), (torch.zeros(2, 80, 16), "linear", "selective_scan")
