@@ -14,6 +14,7 @@ inline Tensor columns(const Tensor& t, int64_t begin, int64_t end) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bias);
+Tensor linears(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptTensor>& biases);
 Tensor causal_conv1d_step(const Tensor& x, const Tensor& weight, const OptTensor& bias, Tensor state, bool silu);
 Tensor selective_scan_step(const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
                            Tensor state, const OptTensor& D, const OptTensor& z, const OptTensor& dt_bias,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.layers.steps import why_ops_apart
+from seqlib.ops.linear import FEW_ROWS
 
 __all__ = ["Rotary"]
 
@@ -52,7 +54,11 @@ class Rotary(nn.Module):
 
         For one token per row: (batch, nheads, headdim) by (batch,).
         """
-        angle = positions[..., None, None] * self._frequency(positions.device)
+        frequency = self._frequency(positions.device)
+        few = positions.numel() <= FEW_ROWS and positions.dtype == torch.int64
+        if few and all(x.shape[:-2] == positions.shape for x in heads) and why_ops_apart(heads[0]) is None:
+            return tuple(torch.ops.seqlib.rotary_step.default(heads, positions, frequency, self.interleaved))
+        angle = positions[..., None, None] * frequency
         cos, sin = angle.cos(), angle.sin()
         return tuple(self._rotate(x, cos, sin) for x in heads)
 
