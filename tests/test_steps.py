@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqlib import native, use_backend
@@ -273,6 +274,8 @@ def test_maps_are_called_where_somebody_looks() -> None:
             assert why_ops_apart(x, "linear")
         with torch.autocast("cpu"):
             assert project(x, *layers)[0].dtype == torch.bfloat16
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            assert project(fake.from_tensor(x), *layers)[1].shape == (2, 5)
         layers[0].register_forward_hook(lambda *_: calls.append(2))
         project(x, *layers)
     assert calls == [1, 2]

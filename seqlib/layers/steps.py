@@ -24,10 +24,13 @@ _DTYPES = {
 def why_ops_apart(x: Tensor, *ops: str, device: str = "cpu", config: str = "auto") -> str | None:
     """Why `ops` run one by one on x; None if one native call may stand for them.
 
-    Compilers, autocast, gradients, and whoever asked for another backend, be it in a mixer's `config`, want the ops.
+    Compilers, autocast, gradients, tensors of other classes (fake, distributed), and whoever asked for another backend,
+    be it in a mixer's `config`, want the ops.
     """
     if torch.is_grad_enabled():
         return "gradients are enabled"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"a {type(x).__name__} knows the ops only"
     if x.device.type != device:
         return f"the one call is for {device}"
     if x.dtype not in _DTYPES[device]:
