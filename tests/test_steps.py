@@ -219,6 +219,20 @@ def test_the_end_is_one_call() -> None:
         assert "seqlib::matrix_step" not in _ops(mixer) and calls == [1], name
 
 
+def test_what_does_not_fit_the_end_goes_to_the_ops() -> None:
+    """A state too wide for the kernel, which another row takes; and states that the ops refuse in words."""
+    wide = build_mixer({"kind": "kda", "nheads": 1, "headdim": 264, "gate_rank": 3}, 40)
+    assert "seqlib::matrix_step" not in _ops(wide)
+    mixer = build_mixer({"kind": "gla", "nheads": 2}, 40)
+    x, state = torch.zeros(2, 40), mixer.initial_state(2)
+    strided = torch.zeros(2, 2, 20, 10).transpose(2, 3)
+    with torch.no_grad():
+        for given in (mixer.initial_state(1).state, state.state.bfloat16(), strided):
+            state.state = given
+            with pytest.raises(UnsupportedInput, match="state must be"):
+                mixer.step(x, state)
+
+
 class _Calls(TorchDispatchMode):
     """The names of the ops that run inside."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from seqlib.layers.norm import unit_length
 from seqlib.layers.steps import plain, why_ops_apart
 from seqlib.ops import rms_norm
+from seqlib.ops.delta_rule import WIDEST_STATE
 from seqlib.ops.delta_rule import step as delta_step
 from seqlib.ops.linear_attention import step as attention_step
 
@@ -142,10 +143,13 @@ def _whole(
 ) -> Tensor | None:
     """State, norm, gate and output map of one token in one call, or None where the parts are wanted."""
     maps = plain((linear,), v.shape[0], v)
-    fits = state.shape[0] == v.shape[0] and state.is_contiguous()
     op = "linear_attention" if beta is None else "delta_rule"
-    if maps is None or not fits or why_ops_apart(v, op, "norm", "linear", config=config):
+    if maps is None or why_ops_apart(v, op, "norm", "linear", config=config):
         return None
+    fits = state.shape[0] == v.shape[0] and state.dtype == torch.float32 and state.is_contiguous()
+    alike = q.dtype == k.dtype == v.dtype and (gate is None or gate.dtype == v.dtype)
+    if not (fits and alike) or (beta is not None and state.shape[2] > WIDEST_STATE):
+        return None  # for the ops to refuse, or to take in another form
     (out,), (bias,) = maps
     return torch.ops.seqlib.matrix_step.default(
         q, k, v, beta, log_decay, state, scale, unit, norm, weight, gate, activation, group_size, eps, out, bias

@@ -56,8 +56,9 @@ class Rotary(nn.Module):
         """
         frequency = self._frequency(positions.device)
         few = positions.numel() <= FEW_ROWS and positions.dtype == torch.int64
-        if few and all(x.shape[:-2] == positions.shape for x in heads) and why_ops_apart(heads[0]) is None:
-            return tuple(torch.ops.seqlib.rotary_step.default(heads, positions, frequency, self.interleaved))
+        if few and all(x.shape[:-2] == positions.shape for x in heads) and why_ops_apart(heads[0], "rotary") is None:
+            at = positions.contiguous()
+            return tuple(torch.ops.seqlib.rotary_step.default(heads, at, frequency, self.interleaved))
         angle = positions[..., None, None] * frequency
         cos, sin = angle.cos(), angle.sin()
         return tuple(self._rotate(x, cos, sin) for x in heads)

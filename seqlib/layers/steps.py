@@ -62,7 +62,7 @@ def project(x: Tensor, *layers: nn.Module | None) -> tuple[Any, ...]:
 
 def plain(layers: Sequence[nn.Module], rows: int, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]] | None:
     """Weights and biases of linear layers whose calls on few `rows` like x are nobody's business; else None."""
-    if rows > FEW_ROWS:
+    if not 0 < rows <= FEW_ROWS:
         return None
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []

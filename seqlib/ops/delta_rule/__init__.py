@@ -14,15 +14,16 @@ from seqlib.ops.delta_rule.summary import combine, summarize
 from seqlib.ops.remembered import remembered
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "delta_rule", "step", "summarize"]
+__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "WIDEST_STATE", "combine", "delta_rule", "step", "summarize"]
 
 _HERE = "seqlib.ops.delta_rule"
-_WIDEST_STATE = 256
+WIDEST_STATE = 256
+"""Largest d_state of the native and Triton rows."""
 
 
 def _narrow(facts: Facts) -> str | None:
     d_state = facts.size("d_state")
-    return None if d_state <= _WIDEST_STATE else f"d_state is {d_state}; it takes up to {_WIDEST_STATE}"
+    return None if d_state <= WIDEST_STATE else f"d_state is {d_state}; it takes up to {WIDEST_STATE}"
 
 
 _NATIVE: dict[str, Any] = {
