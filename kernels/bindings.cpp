@@ -8,6 +8,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(SEQLIB_LIBRARY, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor");
+  m.def("rotary_step(Tensor[] heads, Tensor positions, Tensor frequencies, bool interleaved) -> Tensor[]");
   m.def("isa(str? name) -> str");
   m.def("cuda_tune(str key, int value) -> int");
   m.def("causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? spans, bool silu) -> (Tensor, Tensor)");
@@ -24,6 +26,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEQLIB_LIBRARY, m) {
   m.def("linear_attention_bwd(Tensor dy, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? spans, Tensor final_state, Tensor checkpoints, float scale, bool needs_decay) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, float scale) -> Tensor");
   m.def("mamba_step(Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D, Tensor out_proj, Tensor? out_bias, Tensor(a!) conv_state, Tensor(b!) state) -> Tensor");
+  m.def("matrix_step(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? log_decay, Tensor(a!) state, float scale, bool unit, str norm, Tensor? norm_weight, Tensor? gate, str activation, int group_size, float eps, Tensor weight, Tensor? bias) -> Tensor");
   m.def("mamba2_step(Tensor x, Tensor? norm, float norm_eps, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, float dt_min, float dt_max, Tensor? gate_norm, float eps, bool norm_before_gate, Tensor out_proj, Tensor? out_bias, Tensor(a!) conv_state, Tensor(b!) state) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor? weight, Tensor? gate, bool norm_before_gate, int group_size, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? gate, Tensor rstd, bool norm_before_gate, int group_size, bool needs_weight) -> (Tensor, Tensor, Tensor)");

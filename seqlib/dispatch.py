@@ -189,10 +189,17 @@ def preferred(op_name: str, backend: str = "auto", config: str = "auto") -> str:
     return config if config != "auto" else os.environ.get("SEQLIB_BACKEND", "auto")
 
 
+def may_be_native(*op_names: str, config: str = "auto") -> bool:
+    """Whether the backend in force for each of the ops leaves it to, or asks for, native code; not for compilers."""
+    if _scope.get() is None:  # the usual case, and the environment is slow to read
+        return preferred("", config=config) in ("auto", "native")
+    return all(preferred(name, config=config) in ("auto", "native") for name in op_names)
+
+
 @torch.compiler.assume_constant_result  # compilers cannot trace a ContextVar; the scope at trace time holds
 def _scoped(op_name: str) -> str:
-    scope = _scope.get() or {}
-    return scope.get(op_name, scope.get("*", "auto"))
+    scope = _scope.get()
+    return "auto" if scope is None else scope.get(op_name, scope.get("*", "auto"))
 
 
 def resolve(op: Op, facts: Facts, form: str = "auto", backend: str = "auto") -> Choice:

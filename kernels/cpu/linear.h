@@ -10,8 +10,8 @@ struct LinearArgs {
   const float* x;  // (rows, d_in)
   const void* weight;
   const float* bias;
-  float* y;  // (rows, d_out)
-  int64_t rows, d_in, d_out;
+  float* y;  // (rows, d_out), y_stride apart
+  int64_t rows, d_in, d_out, y_stride;
   bool bf16;  // dtype of weight
 };
 

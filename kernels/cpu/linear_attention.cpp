@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "seqlib.h"
+#include "steps.h"
 
 namespace seqlib {
 namespace {
@@ -185,6 +185,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
           g.constant && needs_decay ? over(dlog_decay, 0) : dlog_decay, dinitial};
 }
 
+}  // namespace
+
 Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& log_decay,
                              Tensor state, double scale) {
   check_f32(state, "state");
@@ -216,7 +218,6 @@ Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
   return y;
 }
 
-}  // namespace
 }  // namespace seqlib
 
 STABLE_TORCH_LIBRARY_IMPL(seqlib, CPU, m) {

@@ -41,7 +41,7 @@ void rows(const LinearArgs& a, int64_t first, int64_t begin, int64_t end) {
     for (int r = 0; r < R; ++r) {
       vf s = sums[r][0];
       for (int u = 1; u < U; ++u) s += sums[r][u];
-      a.y[(first + r) * a.d_out + o] = sum(s) + (a.bias ? a.bias[o] : 0.0f);
+      a.y[(first + r) * a.y_stride + o] = sum(s) + (a.bias ? a.bias[o] : 0.0f);
     }
   }
 }

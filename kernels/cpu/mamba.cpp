@@ -4,8 +4,6 @@
 namespace seqlib {
 namespace {
 
-Tensor columns(Tensor t, int64_t begin, int64_t end) { return torch::stable::narrow(t, 1, begin, end - begin); }
-
 Tensor mamba_step(const Tensor& x, const Tensor& in_proj, const OptTensor& in_bias, const Tensor& conv,
                   const OptTensor& conv_bias, const Tensor& x_proj, const Tensor& dt_proj, const Tensor& dt_bias,
                   const Tensor& A, const Tensor& D, const Tensor& out_proj, const OptTensor& out_bias,

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "seqlib.h"
+#include "steps.h"
 
 namespace seqlib {
 namespace {
@@ -33,6 +33,8 @@ Tensor scale(const OptTensor& weight, const Tensor& x) {
   return torch::stable::fill_(ones, 1.0);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const OptTensor& weight, const OptTensor& gate,
                                     bool norm_before_gate, int64_t group_size, double eps) {
   check_float(x, "x");
@@ -50,6 +52,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const OptTensor& weight, co
   torch::stable::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) { rms_norm_fwd_for()(a, begin, end); });
   return {y, rstd};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const OptTensor& weight,
                                                 const OptTensor& gate, const Tensor& rstd, bool norm_before_gate,

@@ -6,6 +6,8 @@
 
 namespace seqlib {
 
+enum class Activation { silu, sigmoid, none };
+
 struct NormArgs {
   const void *x, *gate, *dy;
   void *y, *dx, *dgate;
@@ -14,6 +16,7 @@ struct NormArgs {
   int64_t rows, width, group, x_stride, gate_stride, dy_stride, partitions;
   float eps;
   bool bf16, norm_before_gate;
+  Activation activation;  // of the gate; the backward pass knows silu
 };
 
 // Forward: rows [begin, end). Backward: partitions [begin, end) of the rows, so that sums over rows have a fixed order.

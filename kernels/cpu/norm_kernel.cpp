@@ -47,6 +47,10 @@ inline const T* from(const void* p, int64_t offset) {
 
 inline float total(const vf* parts) { return sum((parts[0] + parts[1]) + (parts[2] + parts[3])); }
 
+inline vf activated(Activation activation, vf z) {
+  return activation == Activation::silu ? silu(z) : activation == Activation::sigmoid ? sigmoid(z) : z;
+}
+
 template <class T, Gate gate>
 void forward(const NormArgs& a, int64_t begin, int64_t end) {
   const int64_t groups = a.width / a.group;
@@ -63,7 +67,7 @@ void forward(const NormArgs& a, int64_t begin, int64_t end) {
       each(a.group, [&](int64_t i, int lanes, int k) {
         vf v = get(x + i, lanes);
         if constexpr (gate == Gate::first) {
-          v *= silu(get(z + i, lanes));
+          v *= activated(a.activation, get(z + i, lanes));
           put(kept + i, v, lanes);
         }
         squares[k] += v * v;
@@ -72,7 +76,7 @@ void forward(const NormArgs& a, int64_t begin, int64_t end) {
       a.rstd[row * groups + g] = rstd;
       each(a.group, [&](int64_t i, int lanes, int) {
         vf v = (gate == Gate::first ? get(kept + i, lanes) : get(x + i, lanes)) * rstd * get(w + i, lanes);
-        if constexpr (gate == Gate::last) v *= silu(get(z + i, lanes));
+        if constexpr (gate == Gate::last) v *= activated(a.activation, get(z + i, lanes));
         put(y + i, v, lanes);
       });
     }

@@ -76,16 +76,28 @@ inline void store(T* p, vf v) {
 // The first n lanes, n < W; the others read as zero and are not written.
 template <class T>
 inline vf load_n(const T* p, int n) {
+#if defined(__AVX512F__)
+  const auto first = static_cast<__mmask16>((1u << n) - 1u);
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(first, p);
+  else return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, p)), 16));
+#else
   T lanes[W] = {};
   std::memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
+#endif
 }
 
 template <class T>
 inline void store_n(T* p, vf v, int n) {
+#if defined(__AVX512F__)
+  const auto first = static_cast<__mmask16>((1u << n) - 1u);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, first, v);
+  else _mm256_mask_storeu_epi16(p, first, reinterpret_cast<__m256i>(to_bf16(v)));
+#else
   T lanes[W];
   store(lanes, v);
   std::memcpy(p, lanes, n * sizeof(T));
+#endif
 }
 
 inline float sum(vf v) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -32,10 +33,26 @@ def taylor(x: Tensor) -> Tensor:
             "taylor features are squares, which leave the range of float16 where entries pass 512; "
             "use bfloat16 or float32"
         )
-    d = x.shape[-1]
-    i, j = torch.triu_indices(d, d, offset=1, device=x.device)
-    pairs = x[..., i] * x[..., j] * d**-0.5
-    return torch.cat([torch.ones_like(x[..., :1]), x * d**-0.25, pairs, x.square() * (2 * d) ** -0.5], -1)
+    terms = _taylor_terms if torch.compiler.is_compiling() else _kept_taylor_terms
+    i, j, factor = terms(x.shape[-1], torch.promote_types(x.dtype, torch.float32), x.device)
+    x1 = F.pad(x, (1, 0), value=1.0)
+    first, second = (x1.gather(-1, places.expand(*x.shape[:-1], -1)) for places in (i, j))
+    return (first * second * factor).to(x.dtype)
+
+
+def _taylor_terms(d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each feature the two factors, as places in (1, x), and what they are multiplied by."""
+    one, every = torch.zeros(1 + d, dtype=torch.long, device=device), torch.arange(d + 1, device=device)
+    i, j = 1 + torch.triu_indices(d, d, offset=1, device=device)
+    factors = (1.0,), (d**-0.25,) * d, (d**-0.5,) * len(i), ((2 * d) ** -0.5,) * d
+    factor = torch.tensor(sum(factors, ()), dtype=dtype, device=device)
+    return torch.cat([one, i, every[1:]]), torch.cat([every, j, every[1:]]), factor
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_taylor_terms(d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.inference_mode(False):  # autograd could not save them later
+        return _taylor_terms(d, dtype, device)
 
 
 def positive_random(x: Tensor, directions: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from seqlib.errors import ConfigError
 from seqlib.layers.init import linear_
 from seqlib.layers.linear import Linear
+from seqlib.layers.steps import project
 
 __all__ = ["ACTIVATIONS", "MLP", "MLPConfig"]
 
@@ -83,7 +84,5 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        gate = self.gate_proj(x)
-        return self.down_proj(
-            self.activation(gate if self.gate_scale == 1 else gate * self.gate_scale) * self.up_proj(x)
-        )
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(self.activation(gate if self.gate_scale == 1 else gate * self.gate_scale) * up)

@@ -15,6 +15,7 @@ from seqlib.layers.linear import Linear
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.positions import positions
 from seqlib.layers.rotary import Rotary
+from seqlib.layers.steps import project
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.ops import attention
 from seqlib.ops.attention import KVState
@@ -184,7 +185,7 @@ class Attention(Mixer[AttentionConfig]):
         return self._out(y, x), state
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return project(x, self.q_proj, self.k_proj, self.v_proj)
 
     def _heads(
         self, qkv: tuple[Tensor, ...], x: Tensor, state: KVState | None, seq: SequenceInfo | None

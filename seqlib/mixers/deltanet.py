@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.layers.ending import NormLinear
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
 from seqlib.layers.norm import unit_length
 from seqlib.layers.short_conv import ShortConv
+from seqlib.layers.steps import project
 from seqlib.mixers.base import MixerConfig, positive, wide
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
-from seqlib.ops import delta_rule, rms_norm
-from seqlib.ops.delta_rule import step as delta_step
+from seqlib.ops import delta_rule
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["DeltaConfig", "DeltaMixer", "DeltaNet", "DeltaNetConfig"]
@@ -83,40 +84,49 @@ class DeltaMixer(MatrixMixer[D], Generic[D]):
             linear_(layer, self.residual_scale if layer is self.o_proj else 1.0)
         fill_(self.norm_weight, 1.0)
 
-    def log_decay(self, x: Tensor) -> Tensor | None:
-        """(..., nheads) or (..., nheads, d_state) for x (..., d_model); None for no decay."""
+    def read(self, x: Tensor) -> tuple[Any, ...]:
+        """Four projections of x: what becomes q, k, v; beta; the decay; the output gate. None for what is not there."""
+        raise NotImplementedError
+
+    def log_decay(self, a: Any) -> Tensor | None:
+        """(..., nheads) or (..., nheads, d_state) from the third of `read`; None for no decay."""
         return None
 
-    def out(self, y: Tensor, x: Tensor) -> Tensor:
-        """The output from y (..., nheads, headdim)."""
-        raise NotImplementedError
+    def end(self, gate: Any) -> NormLinear:
+        """What is done to what is read from the state, from the fourth of `read`."""
+        return NormLinear(self.o_proj, self.norm_weight, gate, eps=self.config.norm_eps)
 
     def forward(
         self, x: Tensor, state: MatrixState | None = None, seq: SequenceInfo | None = None
     ) -> tuple[Tensor, MatrixState]:
         self.check(x, seq)
         before, matrix = (None, None) if state is None else (state.conv, state.state)
-        qkv, conv = self.conv1d(self.qkv_proj(x), before, seq)
+        qkv, b, a, gate = self.read(x)
+        qkv, conv = self.conv1d(qkv, before, seq)
         y, matrix = delta_rule(
-            *self._heads(qkv), self._beta(x), self.log_decay(x), scale=self.matrix_shape[1] ** -0.5,
+            *self._heads(qkv), self._beta(b), self.log_decay(a), scale=self.matrix_shape[1] ** -0.5,
             initial_state=matrix, seq=seq, backend=self.backend("delta_rule"),
         )  # fmt: skip
-        return self.out(y, x), MatrixState(matrix, conv)
+        return self.end(gate)(y), MatrixState(matrix, conv)
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         assert state.conv is not None
-        heads = self._heads(self.conv1d.step(self.qkv_proj(x), state.conv))
-        scale = self.matrix_shape[1] ** -0.5
-        return self.out(delta_step(*heads, self._beta(x), self.log_decay(x), state.state, scale=scale), x), state
+        qkv, b, a, gate = self.read(x)
+        q, k, v = self.conv1d.step(qkv, state.conv).split_with_sizes(self.widths, -1)
+        y = self.end(gate).step(
+            q, k, v, self.log_decay(a), state.state, beta=self._beta(b), scale=self.matrix_shape[1] ** -0.5, unit=True,
+            config=self.config.backend,
+        )  # fmt: skip
+        return y, state
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        nheads, d_state, _ = self.matrix_shape
+        nheads = self.matrix_shape[0]
         q, k, v = qkv.split(self.widths, -1)
-        q, k = (unit_length(t.unflatten(-1, (-1, d_state))) for t in (q, k))
+        q, k = (unit_length(t.unflatten(-1, (self.config.nheads, -1))) for t in (q, k))
         return q, k, v.unflatten(-1, (nheads, -1))
 
-    def _beta(self, x: Tensor) -> Tensor:
-        beta = torch.sigmoid(wide(self.b_proj(x)))
+    def _beta(self, b: Tensor) -> Tensor:
+        beta = torch.sigmoid(wide(b))
         return 2 * beta if self.config.allow_neg_eigval else beta
 
 
@@ -138,7 +148,5 @@ class DeltaNet(DeltaMixer[DeltaNetConfig]):
         self.g_proj = Linear(d_model, self.widths[2], bias=False) if config.gate else None
         self.reset_parameters()
 
-    def out(self, y: Tensor, x: Tensor) -> Tensor:
-        gate = None if self.g_proj is None else self.g_proj(x).view_as(y)
-        y = rms_norm(y, self.norm_weight, gate=gate, norm_before_gate=True, eps=self.config.norm_eps)
-        return self.o_proj(y.flatten(-2))
+    def read(self, x: Tensor) -> tuple[Any, ...]:
+        return project(x, self.qkv_proj, self.b_proj, None, self.g_proj)

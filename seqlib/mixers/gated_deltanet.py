@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.layers.ending import NormLinear
 from seqlib.layers.init import dt_bias_, fill_
 from seqlib.layers.linear import Linear
+from seqlib.layers.steps import project
 from seqlib.mixers.base import MixerConfig, wide
 from seqlib.mixers.deltanet import DeltaConfig, DeltaMixer
-from seqlib.ops import rms_norm
 
 __all__ = ["GatedDeltaNet", "GatedDeltaNetConfig"]
 
@@ -71,13 +72,12 @@ class GatedDeltaNet(DeltaMixer[GatedDeltaNetConfig]):
     def param_groups(self) -> list[tuple[list[str], dict[str, Any]]]:
         return [(["A_log", "dt_bias"], {"weight_decay": 0.0})]
 
-    def log_decay(self, x: Tensor) -> Tensor:
-        return -torch.exp(wide(self.A_log)) * F.softplus(self.a_proj(x) + wide(self.dt_bias))
+    def read(self, x: Tensor) -> tuple[Any, ...]:
+        return project(x, self.qkv_proj, self.b_proj, self.a_proj, self.g_proj)
 
-    def out(self, y: Tensor, x: Tensor) -> Tensor:
-        gate, eps = self.g_proj(x).view_as(y), self.config.norm_eps
-        if self.config.gate_activation == "silu":
-            y = rms_norm(y, self.norm_weight, gate=gate, norm_before_gate=True, eps=eps)
-        else:
-            y = rms_norm(y, self.norm_weight, eps=eps) * torch.sigmoid(gate)
-        return self.o_proj(y.flatten(-2))
+    def log_decay(self, a: Tensor) -> Tensor:
+        return -torch.exp(wide(self.A_log)) * F.softplus(a + wide(self.dt_bias))
+
+    def end(self, gate: Tensor) -> NormLinear:
+        c = self.config
+        return NormLinear(self.o_proj, self.norm_weight, gate, c.gate_activation, eps=c.norm_eps)

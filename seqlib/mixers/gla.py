@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.layers.ending import NormLinear
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
+from seqlib.layers.steps import project
 from seqlib.mixers.base import MixerConfig, positive, wide
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
-from seqlib.ops import linear_attention, rms_norm
-from seqlib.ops.linear_attention import step as attention_step
+from seqlib.ops import linear_attention
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["GLA", "GLAConfig"]
@@ -86,24 +87,25 @@ class GLA(MatrixMixer[GLAConfig]):
         self, x: Tensor, state: MatrixState | None = None, seq: SequenceInfo | None = None
     ) -> tuple[Tensor, MatrixState]:
         self.check(x, seq)
+        *flat, gate = self._read(x)
+        q, k, v, log_decay = (t.unflatten(-1, (self.config.nheads, -1)) for t in flat)
         y, matrix = linear_attention(
-            *self._heads(x), scale=self.matrix_shape[1] ** -0.5, initial_state=None if state is None else state.state,
-            seq=seq, backend=self.backend("linear_attention"),
+            q, k, v, log_decay, scale=self.matrix_shape[1] ** -0.5,
+            initial_state=None if state is None else state.state, seq=seq, backend=self.backend("linear_attention"),
         )  # fmt: skip
-        return self._out(y, x), MatrixState(matrix)
+        return self._end(gate)(y), MatrixState(matrix)
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
-        y = attention_step(*self._heads(x), state.state, scale=self.matrix_shape[1] ** -0.5)
-        return self._out(y, x), state
+        q, k, v, log_decay, gate = self._read(x)
+        scale = self.matrix_shape[1] ** -0.5
+        return self._end(gate).step(q, k, v, log_decay, state.state, scale=scale, config=self.config.backend), state
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, the log-decay and the gate, heads side by side."""
         c = self.config
-        log_decay = F.logsigmoid(wide(self.gk_b_proj(self.gk_a_proj(x)))) / c.gate_normalizer
-        q, k, v, log_decay = (
-            t.unflatten(-1, (c.nheads, -1)) for t in (self.q_proj(x), self.k_proj(x), self.v_proj(x), log_decay)
-        )
-        return q, k, v, log_decay
+        q, k, v, gate, low = project(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.gk_a_proj)
+        log_decay = F.logsigmoid(wide(self.gk_b_proj(low))) / c.gate_normalizer
+        return q, k, v, log_decay, gate
 
-    def _out(self, y: Tensor, x: Tensor) -> Tensor:
-        gate, eps = self.g_proj(x).view_as(y), self.config.norm_eps
-        return self.o_proj(rms_norm(y, self.norm_weight, gate=gate, norm_before_gate=True, eps=eps).flatten(-2))
+    def _end(self, gate: Tensor) -> NormLinear:
+        return NormLinear(self.o_proj, self.norm_weight, gate, eps=self.config.norm_eps)

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.layers.ending import NormLinear
 from seqlib.layers.init import dt_bias_, fill_
 from seqlib.layers.linear import Linear
+from seqlib.layers.steps import project
 from seqlib.mixers.base import MixerConfig, positive, wide
 from seqlib.mixers.deltanet import DeltaConfig, DeltaMixer
-from seqlib.ops import rms_norm
 
 __all__ = ["KDA", "KDAConfig"]
 
@@ -74,14 +75,16 @@ class KDA(DeltaMixer[KDAConfig]):
     def param_groups(self) -> list[tuple[list[str], dict[str, Any]]]:
         return [(["A_log", "dt_bias"], {"weight_decay": 0.0})]
 
-    def log_decay(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor) -> tuple[Any, ...]:
+        return project(x, self.qkv_proj, self.b_proj, self.f_a_proj, self.g_a_proj)
+
+    def log_decay(self, a: Tensor) -> Tensor:
         rate = torch.exp(wide(self.A_log)).unsqueeze(-1)
-        f = (self.f_b_proj(self.f_a_proj(x)) + wide(self.dt_bias)).unflatten(-1, (self.config.nheads, -1))
+        f = (self.f_b_proj(a) + wide(self.dt_bias)).unflatten(-1, (self.config.nheads, -1))
         if self.config.lower_bound is not None:
             return self.config.lower_bound * torch.sigmoid(rate * f)
         return -rate * F.softplus(f)
 
-    def out(self, y: Tensor, x: Tensor) -> Tensor:
-        gate = self.g_b_proj(self.g_a_proj(x)).view_as(y)
-        y = rms_norm(y, self.norm_weight, eps=self.config.norm_eps) * torch.sigmoid(gate)
-        return self.o_proj(y.flatten(-2))
+    def end(self, gate: Tensor) -> NormLinear:
+        gate = self.g_b_proj(gate)
+        return NormLinear(self.o_proj, self.norm_weight, gate, "sigmoid", eps=self.config.norm_eps)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
 from seqlib.layers.decay import constant, lightning_log_decay
+from seqlib.layers.ending import NormLinear
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.linear import Linear
 from seqlib.layers.lrpe import LRPE
@@ -19,8 +20,7 @@ from seqlib.layers.positions import advance, positions
 from seqlib.layers.rotary import Rotary
 from seqlib.mixers.base import MixerConfig, positive
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
-from seqlib.ops import linear_attention, rms_norm
-from seqlib.ops.linear_attention import step as attention_step
+from seqlib.ops import linear_attention
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["Lightning", "LightningConfig"]
@@ -94,7 +94,7 @@ class Lightning(MatrixMixer[LightningConfig]):
         ring = config.variant == "ring"
         self.counts = config.lrpe or ring
         self.scale = self.headdim**-0.5 if ring else 1.0
-        inner = self.nheads * self.headdim
+        self.inner = inner = self.nheads * self.headdim
         self.qkvu_proj = Linear(d_model, 4 * inner, bias=config.bias)
         self.lrpe = LRPE(self.nheads, self.headdim) if config.lrpe else None
         self.rotary = Rotary(self.headdim, config.rope_theta, config.rotary_fraction) if ring else None
@@ -130,30 +130,35 @@ class Lightning(MatrixMixer[LightningConfig]):
             q, k, v, constant(self.log_decay, x), scale=self.scale, initial_state=matrix, seq=seq,
             backend=self.backend("linear_attention"),
         )  # fmt: skip
-        return self._out(y, u), MatrixState(matrix, length=None if at is None else advance(x, before, seq))
+        return self._end(u)(y), MatrixState(matrix, length=None if at is None else advance(x, before, seq))
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         q, k, v, u = self._heads(x, state.length)
-        y = attention_step(q, k, v, constant(self.log_decay, x), state.state, scale=self.scale)
+        decay, config = constant(self.log_decay, x), self.config.backend
+        y = self._end(u).step(q, k, v, decay, state.state, scale=self.scale, config=config)
         if state.length is not None:
             state.length += 1
-        return self._out(y, u), state
+        return y, state
 
     def _heads(self, x: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v by heads and the gate; x (batch, seqlen, d_model) or (batch, d_model), `at` its positions."""
         variant = self.config.variant
-        q, k, v, u = self.qkvu_proj(x).chunk(4, -1)
-        if variant != "ring":
-            q, k, v = F.silu(q), F.silu(k), F.silu(v) if variant == "minimax" else v
-        q, k, v = (t.unflatten(-1, (-1, self.headdim)) for t in (q, k, v))
+        qkv, u = self.qkvu_proj(x).split([3 * self.inner, self.inner], -1)
+        if variant == "minimax":
+            qkv = F.silu(qkv)
+        qk, v = qkv.split([2 * self.inner, self.inner], -1)
+        if variant == "transnormer":
+            qk = F.silu(qk)
+        q, k = qk.unflatten(-1, (2 * self.nheads, -1)).chunk(2, -2)
+        v = v.unflatten(-1, (self.nheads, -1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         for place in (self.lrpe, self.rotary):
             if place is not None:
                 assert at is not None
                 q, k = place(at, q, k)
-        return q, k, v, u if variant == "transnormer" else torch.sigmoid(u)
+        return q, k, v, u
 
-    def _out(self, y: Tensor, gate: Tensor) -> Tensor:
-        y = rms_norm(y.flatten(-2), self.norm_weight, group_size=self.group_size, eps=self.config.norm_eps)
-        return self.out_proj(gate * y)
+    def _end(self, gate: Tensor) -> NormLinear:
+        activation = "none" if self.config.variant == "transnormer" else "sigmoid"
+        return NormLinear(self.out_proj, self.norm_weight, gate, activation, self.group_size, self.config.norm_eps)

@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.layers.ending import NormLinear, RatioLinear
 from seqlib.layers.feature_maps import FEATURE_MAPS, SIGNED, feature_size
 from seqlib.layers.init import linear_
 from seqlib.layers.linear import Linear
 from seqlib.layers.positions import advance, positions
+from seqlib.layers.steps import project
 from seqlib.mixers.base import MixerConfig, positive, unpadded
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import linear_attention
-from seqlib.ops.linear_attention import step as attention_step
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["LinearTransformer", "LinearTransformerConfig"]
@@ -92,10 +94,12 @@ class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
         q, k, v = self._heads(x)
         if self.counts:
             q, k = self.placed(q, k, positions(x, before, seq))
+        if self.config.normalized:
+            v = F.pad(v, (0, 1), value=1.0)
         y, matrix = linear_attention(
             q, k, v, initial_state=matrix, causal=self.config.causal, seq=seq, backend=self.backend("linear_attention")
         )
-        return self._out(y), MatrixState(matrix, length=advance(x, before, seq) if self.counts else None)
+        return self.end()(y), MatrixState(matrix, length=advance(x, before, seq) if self.counts else None)
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         if not self.config.causal:
@@ -104,7 +108,7 @@ class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
         if state.length is not None:
             q, k = self.placed(q, k, state.length)
             state.length += 1
-        return self._out(attention_step(q, k, v, None, state.state)), state
+        return self.end().step(q, k, v, None, state.state, config=self.config.backend), state
 
     def placed(self, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Features that know the positions of their tokens, for subclasses that count them."""
@@ -112,15 +116,17 @@ class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
-        q, k, v = (p(x).unflatten(-1, (c.nheads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (t.unflatten(-1, (c.nheads, -1)) for t in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = self._features(q, k)
-        return q, k, F.pad(v, (0, 1), value=1.0) if c.normalized else v
+        return q, k, v
 
     def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         features = FEATURE_MAPS[self.config.feature_map]
+        if q.dim() == 3:  # of one token a copy costs less than the calls
+            q, k = features(torch.stack((q, k)))
+            return q, k
         return features(q), features(k)
 
-    def _out(self, y: Tensor) -> Tensor:
-        if self.config.normalized:
-            y = y[..., :-1] / (y[..., -1:] + self.config.eps)
-        return self.o_proj(y.flatten(-2).to(self.o_proj.weight.dtype))
+    def end(self) -> RatioLinear | NormLinear:
+        """What is done to what is read from the state."""
+        return RatioLinear(self.o_proj, self.config.eps if self.config.normalized else None)

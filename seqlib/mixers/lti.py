@@ -16,8 +16,8 @@ from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
 from seqlib.layers.lti import Diagonal, Recurrence, add_carried, final_state
 from seqlib.layers.readout import Readout
+from seqlib.layers.steps import why_ops_apart
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_complex, wide_dtype
-from seqlib.mixers.fused import why_ops_apart
 from seqlib.ops import long_conv
 from seqlib.sequence import SequenceInfo, State
 
@@ -182,8 +182,8 @@ class TimeInvariant(Mixer[C]):
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
         decay, B_bar, C = self._kept("step", self.rate, self.sources(), self._recurrence)
-        plain = x.dtype == self.D.dtype == torch.float32 and state.ssm.is_contiguous()
-        if plain and why_ops_apart(self, x, state.ssm, "long_conv") is None:
+        plain = x.dtype == self.D.dtype == torch.float32 and state.ssm.is_contiguous() and len(x) == len(state.ssm)
+        if plain and why_ops_apart(x, "long_conv", config=self.config.backend) is None:
             y = torch.ops.seqlib.diag_step.default(x.contiguous(), decay, B_bar, C, self.D, state.ssm)
             return self.readout(y), state
         u = x.to(wide_dtype(self.D))

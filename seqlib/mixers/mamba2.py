@@ -161,13 +161,13 @@ class Mamba2(MatrixMixer[Mamba2Config]):
         return super().added_step(x, norm, state)
 
     def why_apart(self, x: Tensor, state: MatrixState, norm: RMSNorm | None = None) -> str | None:
-        """Why a step does not run as the three CUDA kernels of one native call, in a sentence; None where it does.
+        """Why a step does not run as one native call (on CUDA three kernels), in a sentence; None where it does.
 
         With `norm`, x is the residual stream and the call also norms it and adds to it.
         """
         c, dtype = self.config, self.in_proj.weight.dtype
         ops = ("linear", "causal_conv1d", "linear_attention") + (("norm",) if norm is not None or c.norm else ())
-        if reason := why_apart(self, x, state.state, *ops, device="cuda", norm=norm):
+        if reason := why_apart(self, x, state.state, *ops, device="cuda" if x.is_cuda else "cpu", norm=norm):
             return reason
         assert state.conv is not None
         if state.state.dtype != torch.float32 or not (state.state.is_contiguous() and state.conv.is_contiguous()):

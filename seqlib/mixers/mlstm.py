@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
+from seqlib.layers.steps import project
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.mixers.matrix import divide
 from seqlib.ops import linear_attention
@@ -113,8 +114,9 @@ class MLSTM(Mixer[MLSTMConfig]):
         """q, exp(i) k and (v, 1) by heads, o, and the logarithms of both gates."""
         c = self.config
         cap = c.gate_cap
-        log_i, f = (cap * torch.tanh(wide(self.if_proj(x)) / cap)).chunk(2, -1)
-        q, k, v, o = self.qkvo_proj(x).split(self.widths, -1)
+        qkvo, gates = project(x, self.qkvo_proj, self.if_proj)
+        log_i, f = (cap * torch.tanh(wide(gates) / cap)).chunk(2, -1)
+        q, k, v, o = qkvo.split(self.widths, -1)
         q, k, v = (t.unflatten(-1, (c.nheads, -1)) for t in (q, k, v))
         if x.dtype == torch.float16:  # whose range ends before that of the gate
             q, k, v = q.float(), k.float(), v.float()

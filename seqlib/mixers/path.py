@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlib.layers.decay import constant
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
-from seqlib.layers.norm import RMSNorm
+from seqlib.layers.norm import RMSNorm, unit_length
 from seqlib.layers.short_conv import ShortConv
+from seqlib.layers.steps import project
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.mixers.matrix import divide
-from seqlib.ops import path_attention, rms_norm
+from seqlib.ops import path_attention
 from seqlib.ops.path_attention import PathState
 from seqlib.ops.path_attention import step as path_step
 from seqlib.sequence import SequenceInfo, State
@@ -134,14 +134,13 @@ class Path(Mixer[PathConfig]):
 
     def _heads(self, x: Tensor, w: Tensor, kv: PathState | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q, k, v in the dtype of the state where there is one, w and beta in float32."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.headdim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v, beta = project(x, self.q_proj, self.k_proj, self.v_proj, self.bt_proj)
+        q, k, v = (t.unflatten(-1, (-1, self.headdim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        # w / sqrt(sum of squares + 1e-6), from the norm of mean squares.
-        w = wide(w).unflatten(-1, (-1, self.headdim))
-        w = rms_norm(w, constant((self.headdim**-0.5,) * self.headdim, w), eps=1e-6 / self.headdim)
+        w = unit_length(wide(w).unflatten(-1, (-1, self.headdim)))
         dtype = v.dtype if kv is None else kv.v.dtype
-        return q.to(dtype), k.to(dtype), v.to(dtype), w, 2 * torch.sigmoid(wide(self.bt_proj(x)))
+        return q.to(dtype), k.to(dtype), v.to(dtype), w, 2 * torch.sigmoid(wide(beta))
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
         return None if self.g_proj is None else F.logsigmoid(wide(self.g_proj(x))) * self.headdim**-0.5

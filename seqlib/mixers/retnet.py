@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.layers.decay import constant, retention_log_decay
+from seqlib.layers.ending import NormLinear
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
 from seqlib.layers.positions import advance, positions
 from seqlib.layers.rotary import Rotary
+from seqlib.layers.steps import project
 from seqlib.mixers.base import MixerConfig, positive
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
-from seqlib.ops import linear_attention, rms_norm
-from seqlib.ops.linear_attention import step as attention_step
+from seqlib.ops import linear_attention
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["RetNet", "RetNetConfig"]
@@ -85,28 +86,29 @@ class RetNet(MatrixMixer[RetNetConfig]):
         self.check(x, seq)
         matrix, before = (None, None) if state is None else (state.state, state.length)
         at = None if self.rotary is None else positions(x, before, seq)
+        q, k, v, gate = self._heads(x, at)
         y, matrix = linear_attention(
-            *self._heads(x, at), constant(self.log_decay, x), scale=self.matrix_shape[1] ** -0.5, initial_state=matrix,
+            q, k, v, constant(self.log_decay, x), scale=self.matrix_shape[1] ** -0.5, initial_state=matrix,
             seq=seq, backend=self.backend("linear_attention"),
         )  # fmt: skip
-        return self._out(y, x), MatrixState(matrix, length=None if at is None else advance(x, before, seq))
+        return self._end(gate)(y), MatrixState(matrix, length=None if at is None else advance(x, before, seq))
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         decay, scale = constant(self.log_decay, x), self.matrix_shape[1] ** -0.5
-        y = attention_step(*self._heads(x, state.length), decay, state.state, scale=scale)
+        q, k, v, gate = self._heads(x, state.length)
+        y = self._end(gate).step(q, k, v, decay, state.state, scale=scale, config=self.config.backend)
         if state.length is not None:
             state.length += 1
-        return self._out(y, x), state
+        return y, state
 
-    def _heads(self, x: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        nheads = self.config.nheads
-        q, k, v = (p(x).unflatten(-1, (nheads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def _heads(self, x: Tensor, at: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v by heads, and the gate; (batch, seqlen, ...) or (batch, ...)."""
+        q, k, v, gate = project(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj)
+        q, k, v = (t.unflatten(-1, (self.config.nheads, -1)) for t in (q, k, v))
         if self.rotary is not None:
             assert at is not None
             q, k = self.rotary(at, q, k)
-        return q, k, v
+        return q, k, v, gate
 
-    def _out(self, y: Tensor, x: Tensor) -> Tensor:
-        gate = self.g_proj(x).view_as(y)
-        y = rms_norm(y, self.norm_weight, gate=gate, norm_before_gate=True, eps=self.config.norm_eps)
-        return self.o_proj(y.flatten(-2))
+    def _end(self, gate: Tensor) -> NormLinear:
+        return NormLinear(self.o_proj, self.norm_weight, gate, eps=self.config.norm_eps)

@@ -13,6 +13,7 @@ from seqlib.layers.feature_maps import FEATURE_MAPS, feature_size, positive_rand
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.kept import Kept
 from seqlib.layers.linear import Linear
+from seqlib.layers.steps import project
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.mixers.matrix import divide
 from seqlib.ops import rpe_attention
@@ -129,7 +130,8 @@ class RPEAttention(Mixer[RPEAttentionConfig]):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of queries and keys, and values, in float32: their sums are ratios of small numbers."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.headdim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (t.unflatten(-1, (self.config.nheads, -1)) for t in projected)
         if self.directions is None:
             features = FEATURE_MAPS[self.config.feature_map]
             q, k = features(wide(q)), features(wide(k))

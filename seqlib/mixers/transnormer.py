@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from seqlib.errors import ConfigError
+from seqlib.layers.ending import NormLinear
 from seqlib.layers.lrpe import HouseholderLRPE
 from seqlib.layers.positions import positions
 from seqlib.mixers.attention import Attention, AttentionConfig
@@ -33,6 +34,9 @@ class TransNormerConfig(LinearTransformerConfig):
         super().__post_init__()
         if self.normalized:
             raise ConfigError("transnormer: the norm replaces the denominator; use kind 'linear_transformer' for one")
+
+
+_EPS = 1e-16  # of a norm whose published form adds 1e-8 to the root and not under it
 
 
 class TransNormer(LinearTransformer):
@@ -66,13 +70,8 @@ class TransNormer(LinearTransformer):
         q, k = self.lrpe(at, q, k)
         return q, k
 
-    def _out(self, y: Tensor) -> Tensor:
-        return self.o_proj(_plain_norm(y).flatten(-2))
-
-
-def _plain_norm(y: Tensor) -> Tensor:
-    """Of y (..., nheads, headdim) over all heads; the published one adds 1e-8 to the root and not under it."""
-    return rms_norm(y.flatten(-2), None, eps=1e-16).view_as(y)
+    def end(self) -> NormLinear:
+        return NormLinear(self.o_proj, None, group_size=self.d_model, eps=_EPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +134,7 @@ class DiagAttention(Attention):
         return q, k, v
 
     def _out(self, y: Tensor, x: Tensor) -> Tensor:
-        return super()._out(_plain_norm(y) if self.relu else y, x)
+        return super()._out(rms_norm(y.flatten(-2), None, eps=_EPS).view_as(y) if self.relu else y, x)
 
     def forward(
         self, x: Tensor, state: KVState | None = None, seq: SequenceInfo | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
+from seqlib.ops.remembered import remembered
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "causal_conv1d", "step"]
@@ -165,13 +167,19 @@ def step(
     Raises:
         UnsupportedInput: shapes, dtypes, devices or the activation do not fit.
     """
-    if x.dim() != 2 or 0 in x.shape:
-        raise UnsupportedInput(f"x must have shape (batch, d), none of them 0, got {tuple(x.shape)}")
-    _check(x, weight, bias, activation)
-    _check_state(state, "state", x, x.shape[0], weight.shape[1])
+
+    def choose() -> Callable[..., Tensor]:
+        if x.dim() != 2 or 0 in x.shape:
+            raise UnsupportedInput(f"x must have shape (batch, d), none of them 0, got {tuple(x.shape)}")
+        _check(x, weight, bias, activation)
+        _check_state(state, "state", x, x.shape[0], weight.shape[1])
+        return STEP.choose(facts(x, weight, bias, initial_state=state), backend=backend)
+
+    run = (
+        choose() if torch.is_grad_enabled() else remembered(STEP, backend, (x, weight, bias, state), choose, activation)
+    )
     if not state.is_contiguous():
         raise UnsupportedInput("state is written in place and must be contiguous; make it so once, with .contiguous()")
-    run = STEP.choose(facts(x, weight, bias, initial_state=state), backend=backend)
     return run(x, weight, bias, state, activation=activation)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor
 from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.delta_rule.summary import combine, summarize
+from seqlib.ops.remembered import remembered
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "delta_rule", "step", "summarize"]
+__all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "WIDEST_STATE", "combine", "delta_rule", "step", "summarize"]
 
 _HERE = "seqlib.ops.delta_rule"
-_WIDEST_STATE = 256
+WIDEST_STATE = 256
+"""Largest d_state of the native and Triton rows."""
 
 
 def _narrow(facts: Facts) -> str | None:
     d_state = facts.size("d_state")
-    return None if d_state <= _WIDEST_STATE else f"d_state is {d_state}; it takes up to {_WIDEST_STATE}"
+    return None if d_state <= WIDEST_STATE else f"d_state is {d_state}; it takes up to {WIDEST_STATE}"
 
 
 _NATIVE: dict[str, Any] = {
@@ -176,14 +179,20 @@ def step(
 
     Source: as `delta_rule`.
     """
-    if v.dim() != 3:
-        raise UnsupportedInput(f"v must have shape (batch, nheads, headdim), got {tuple(v.shape)}")
-    _check(q, k, v, beta, log_decay, state)
-    wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
-    if state.dtype != wanted or not state.is_contiguous():
-        raise UnsupportedInput(f"state must be contiguous {wanted} to be updated in place, got {state.dtype}")
+
+    def choose() -> Callable[..., Tensor]:
+        if v.dim() != 3:
+            raise UnsupportedInput(f"v must have shape (batch, nheads, headdim), got {tuple(v.shape)}")
+        _check(q, k, v, beta, log_decay, state)
+        wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
+        if state.dtype != wanted:
+            raise UnsupportedInput(f"state must be {wanted} to be updated in place, got {state.dtype}")
+        return STEP.choose(facts(q, k, v, beta, log_decay), "recurrent", backend)
+
+    if not state.is_contiguous():
+        raise UnsupportedInput("state must be contiguous to be updated in place; make it so once, with .contiguous()")
     with torch.no_grad():
-        run = STEP.choose(facts(q, k, v, beta, log_decay), "recurrent", backend)
+        run = remembered(STEP, backend, (q, k, v, beta, log_decay, state), choose)
         return run(q, k, v, beta, log_decay, state, scale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.linear_attention.summary import combine, summarize
+from seqlib.ops.remembered import remembered
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "combine", "linear_attention", "step", "summarize"]
@@ -168,6 +170,10 @@ def linear_attention(
     if v.dim() != 4 or v.numel() == 0:
         raise UnsupportedInput(f"v must be (batch, seqlen, nheads, headdim) and not empty, got {tuple(v.shape)}")
     _check(q, k, v, log_decay, initial_state)
+    # On other devices the question would wait for the device.
+    if log_decay is not None and log_decay.dim() == 1 and v.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bool((log_decay > 0).any()):
+            raise UnsupportedInput(f"log_decay must be at most 0, got a largest value of {float(log_decay.max())}")
     if not causal and initial_state is not None:
         raise UnsupportedInput("causal=False takes no initial_state: every token sees its whole document")
     if not causal and log_decay is not None and log_decay.dim() > 1:
@@ -210,14 +216,20 @@ def step(
 
     Source: as `linear_attention`.
     """
-    if v.dim() != 3:
-        raise UnsupportedInput(f"v must have shape (batch, nheads, headdim), got {tuple(v.shape)}")
-    _check(q, k, v, log_decay, state)
-    wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
-    if state.dtype != wanted or not state.is_contiguous():
-        raise UnsupportedInput(f"state must be contiguous {wanted} to be updated in place, got {state.dtype}")
+
+    def choose() -> Callable[..., Tensor]:
+        if v.dim() != 3:
+            raise UnsupportedInput(f"v must have shape (batch, nheads, headdim), got {tuple(v.shape)}")
+        _check(q, k, v, log_decay, state)
+        wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
+        if state.dtype != wanted:
+            raise UnsupportedInput(f"state must be {wanted} to be updated in place, got {state.dtype}")
+        return STEP.choose(facts(q, k, v, log_decay), "recurrent", backend)
+
+    if not state.is_contiguous():
+        raise UnsupportedInput("state must be contiguous to be updated in place; make it so once, with .contiguous()")
     with torch.no_grad():
-        run = STEP.choose(facts(q, k, v, log_decay), "recurrent", backend)
+        run = remembered(STEP, backend, (q, k, v, log_decay, state), choose)
         return run(q, k, v, log_decay, state, scale)
 
 
@@ -241,10 +253,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Ten
             raise UnsupportedInput(
                 f"log_decay must be real with shape {allowed} or None, got {log_decay.dtype} {tuple(log_decay.shape)}"
             )
-        # On other devices the question would wait for the device.
-        readable = log_decay.dim() == 1 and log_decay.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and bool((log_decay > 0).any()):
-            raise UnsupportedInput(f"log_decay must be at most 0, got a largest value of {float(log_decay.max())}")
     wanted = (v.shape[0], nheads, d_state, headdim)
     if state is not None and (tuple(state.shape) != wanted or not state.is_floating_point()):
         raise UnsupportedInput(f"the state must be real with shape {wanted}, got {state.dtype} {tuple(state.shape)}")

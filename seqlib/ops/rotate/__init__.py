@@ -13,6 +13,7 @@ from seqlib.errors import UnsupportedInput
 __all__ = ["IMPLS", "OP", "PAIRS", "rotate"]
 
 PAIRS = ("halves", "neighbours", "doubled")
+FEW_TOKENS = 8
 _HERE = "seqlib.ops.rotate"
 
 
@@ -21,7 +22,23 @@ def _one_tile(facts: Facts) -> str | None:
     return None if width <= 1024 else f"heads have {width} features; it takes up to 1024"
 
 
+def _few_tokens(facts: Facts) -> str | None:
+    tokens = facts.size("tokens")
+    return None if tokens <= FEW_TOKENS else f"{tokens} tokens; it takes {FEW_TOKENS} at most"
+
+
 IMPLS = (
+    Impl(
+        "native",
+        "parallel",
+        f"{_HERE}.native_impl:rotate",
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+        needs=("native",),
+        limits=_few_tokens,
+        grad=False,
+        refuses=frozenset({"doubled", "angles for each head", "positions that broadcast", "other dtypes of angles"}),
+    ),
     Impl(
         "triton",
         "parallel",
@@ -39,8 +56,16 @@ IMPLS = (
 
 def facts(q: Tensor, k: Tensor, theta: Tensor, positions: Tensor, *, pairs: str = "halves", **_: Any) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, theta))
-    sizes = (("headdim", q.shape[-1]), ("angles", theta.shape[-1]), ("theta_dims", theta.dim()))
-    return Facts(q.device.type, q.dtype, q.shape[-3], needs_grad, frozenset((pairs,)), sizes)
+    used = {
+        pairs: True,
+        "angles for each head": theta.dim() > 1,
+        "positions that broadcast": positions.shape != q.shape[:-2],
+        "other dtypes of angles": theta.dtype != torch.float32 or positions.dtype != torch.int64,
+    }
+    tokens = q.shape[:-2].numel()
+    sizes = (("headdim", q.shape[-1]), ("angles", theta.shape[-1]), ("tokens", min(tokens, FEW_TOKENS + 1)))
+    features = frozenset(name for name, given in used.items() if given)
+    return Facts(q.device.type, q.dtype, q.shape[-3], needs_grad, features, sizes)
 
 
 OP = Op("rotate", IMPLS, facts, "rotate")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Verdict
 from seqlib.ops import triton_common as common
-from seqlib.ops.rotate import torch_impl
+from seqlib.ops.rotate import PAIRS, torch_impl
 from seqlib.ops.rotate import triton_kernels as kernels
 from seqlib.ops.triton_call import contiguous_rows
 
@@ -29,9 +29,10 @@ PLANS = (Plan(1024, 4), Plan(256, 4))
 
 def gate(facts: Facts) -> Verdict:
     """Admit a plan for the pairs, sizes and dtype of a call on its device."""
-    (pairs,), width, angles = facts.features, facts.size("headdim"), facts.size("angles")
+    width, angles = facts.size("headdim"), facts.size("angles")
+    pairs = next(name for name in PAIRS if name in facts.features)
     q, k = torch.randn(2, 3, 67, 2, width, dtype=facts.dtype, device=facts.device)
-    per_head = facts.size("theta_dims") - 1
+    per_head = int("angles for each head" in facts.features)
     theta = torch.rand(*[2] * per_head, angles, device=facts.device)
     inputs = {"q": q, "k": k, "theta": theta, "positions": torch.arange(67, device=facts.device)[None] % 40}
 
