@@ -98,25 +98,10 @@ class RatioLinear(NamedTuple):
         config: str = "auto",
     ) -> Tensor:
         """As `NormLinear.step`, of v (batch, nheads, headdim) without the column of ones."""
-        norm = "none" if self.eps is None else "ratio"
+        norm, eps = ("none", 0.0) if self.eps is None else ("ratio", self.eps)
         y = _whole(
-            self.linear,
-            q,
-            k,
-            v,
-            None,
-            log_decay,
-            state,
-            1.0,
-            False,
-            norm,
-            None,
-            None,
-            "none",
-            0,
-            self.eps or 0.0,
-            config,
-        )
+            self.linear, q, k, v, None, log_decay, state, 1.0, False, norm, None, None, "none", 0, eps, config
+        )  # fmt: skip
         if y is None:
             v = v if self.eps is None else F.pad(v, (0, 1), value=1.0)
             y = self(_read(q, k, v, None, log_decay, state, 1.0, False))
