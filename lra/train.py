@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -252,6 +253,8 @@ def train(
         result = _result(trainer, recipe, data, reporter)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as aside:
         trainer.save_model(aside)
+        if (folder / "model").exists():  # of a run that was killed before its result was written
+            shutil.rmtree(folder / "model")
         os.rename(aside, folder / "model")
         os.mkdir(aside)  # for the context to remove
     plot_curve(folder / "metrics.jsonl", folder / "curve.png", data.baselines)

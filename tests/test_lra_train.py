@@ -69,13 +69,16 @@ def test_resumed_run_ends_as_an_unbroken_one(task: str, tmp_path: Path, monkeypa
     assert whole["test"]["accuracy"] == again["test"]["accuracy"] and whole["best_step"] == again["best_step"]
     with pytest.raises(ConfigError, match="is finished"):
         training.train(recipe, source(tmp_path), tmp_path / "whole", console=QUIET)
+    (tmp_path / "broken" / "result.json").unlink()  # as if killed after the model was saved
+    once_more = training.train(recipe, source(tmp_path), tmp_path / "broken", console=QUIET, resume=True)
+    assert once_more["test"]["accuracy"] == whole["test"]["accuracy"]
 
 
 def test_run_folder_tells_everything_and_loads_with_auto_classes(tmp_path: Path) -> None:
     result = training.train(tiny("listops"), source(tmp_path), tmp_path / "run", console=QUIET)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"recipe.json", "result.json", "metrics.jsonl", "curve.png", "model"} <= names
-    assert result["invariance"]["holds"] and result["baselines"]["lists to depth 3"] == 1.0
+    assert result["invariance"]["holds"] and result["baselines"]["lists to depth 4"] == 1.0
     low, high = result["test"]["interval"]
     assert low <= result["test"]["accuracy"] <= high and result["test"]["n"] == 60
     told = json.loads((tmp_path / "run" / "recipe.json").read_text())
@@ -85,7 +88,7 @@ def test_run_folder_tells_everything_and_loads_with_auto_classes(tmp_path: Path)
     assert loaded.config.num_labels == 10 and loaded.config.pooling == "mean"
     found = report.evaluate_model(str(tmp_path / "run"))
     assert found["accuracy"] == result["test"]["accuracy"] and found["baselines"] == result["baselines"]
-    longer = report.evaluate_model(str(tmp_path / "run"), generate={"max_depth": 5, "min_length": 60, "max_length": 90})
+    longer = report.evaluate_model(str(tmp_path / "run"), generate={"max_args": 5, "min_length": 60, "max_length": 90})
     assert longer["seqlen"] > result["seqlen"] and longer["n"] == 60
     with pytest.raises(ConfigError, match="needs a SeqlibForPairClassification"):
         report.evaluate_model(str(tmp_path / "run"), "retrieval", data=tmp_path)
@@ -136,7 +139,7 @@ def test_sequences_that_are_longer_than_a_mixer_has_weights_for(tmp_path: Path) 
     """Found before a run folder is made, and before an evaluation begins."""
     limited = {"n_layer": 2, "layer_pattern": "p m", "mixers": {"p": {"kind": "learned_positions", "max_seqlen": 60}}}
     recipe = dataclasses.replace(tiny("listops"), **limited | {"mixers": limited["mixers"] | {"m": {"kind": "fnet"}}})
-    longer = {"max_depth": 5, "min_length": 60, "max_length": 90}
+    longer = {"max_args": 5, "min_length": 60, "max_length": 90}
     with pytest.raises(ConfigError, match=r"mixer p \(learned_positions\) has weights for 60 positions"):
         training.train(
             dataclasses.replace(recipe, data=recipe.data | longer), source(tmp_path), tmp_path / "r", console=QUIET

@@ -95,7 +95,7 @@ def gradients(peer: Peer, arguments: dict[str, Any], leaves: list[Tensor]) -> tu
 @functools.lru_cache(8)
 def _incoming(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A gradient of y in the layout of y: no one pays for it, nor for another's layout."""
-    values = torch.linspace(-1, 1, shape[-1], dtype=dtype, device=device)
+    values = torch.linspace(-1, 1, shape[-1], dtype=dtype, device=device) if shape else torch.ones((), device=device)
     return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(values)
 
 

@@ -23,6 +23,7 @@ class GpuCase:
         build: (batch, seqlen) to the arguments of the public function, on the default device.
         nbytes: (batch, seqlen) to the bytes that a forward call must read and write at least.
         flops: (batch, seqlen) to the operations of a forward call by the textbook count.
+        longest: sequences that are longer are left alone, where time grows with their square; None for no limit.
     """
 
     name: str
@@ -30,6 +31,7 @@ class GpuCase:
     build: Callable[[int, int], dict[str, Any]]
     nbytes: Callable[[int, int], float]
     flops: Callable[[int, int], float]
+    longest: int | None = None
 
 
 def _op(name: str) -> Op:
@@ -124,6 +126,61 @@ def _norm(d: int) -> GpuCase:
     return GpuCase(f"gated_norm_d{d}", _op("norm"), build, lambda b, s: 6.0 * b * s * d, lambda b, s: 10.0 * b * s * d)
 
 
+def _rotary(heads: int, n: int) -> GpuCase:
+    def build(batch: int, seqlen: int) -> dict[str, Any]:
+        theta = 1e4 ** -torch.linspace(0, 1, n // 2)
+        q, k = (_draw(batch, seqlen, heads, n) for _ in range(2))
+        return {"q": q, "k": k, "theta": theta, "positions": torch.arange(seqlen).expand(batch, -1)}
+
+    size = 2 * heads * n
+    name = f"rotary_h{heads}_n{n}"
+    return GpuCase(name, _op("rotate"), build, lambda b, s: 4.0 * b * s * size, lambda b, s: 3.0 * b * s * size)
+
+
+def _path(heads: int, n: int) -> GpuCase:
+    def build(batch: int, seqlen: int) -> dict[str, Any]:
+        made = {name: _draw(batch, seqlen, heads, n) for name in "qkv"}
+        w = torch.nn.functional.normalize(torch.randn(batch, seqlen, heads, n), dim=-1)
+        return made | {"w": w, "beta": torch.rand(batch, seqlen, heads)}
+
+    return GpuCase(
+        f"path_h{heads}_n{n}",
+        _op("path_attention"),
+        build,
+        lambda b, s: 12.0 * b * s * heads * n,
+        lambda b, s: 4.0 * b * heads * n * s * s / 2,
+        longest=8192,
+    )
+
+
+def _window(heads: int, n: int, window: int) -> GpuCase:
+    def build(batch: int, seqlen: int) -> dict[str, Any]:
+        return {name: _draw(batch, seqlen, heads, n) for name in "qkv"} | {"window": window}
+
+    return GpuCase(
+        f"window{window}_h{heads}_n{n}",
+        _op("attention"),
+        build,
+        lambda b, s: 8.0 * b * s * heads * n,
+        lambda b, s: 4.0 * b * s * heads * n * min(window, s),
+    )
+
+
+def _head(d: int, vocab: int) -> GpuCase:
+    def build(batch: int, seqlen: int) -> dict[str, Any]:
+        targets = torch.randint(0, vocab, (batch * seqlen,))
+        return {"x": _draw(batch * seqlen, d), "weight": _draw(vocab, d, scale=d**-0.5), "targets": targets}
+
+    return GpuCase(
+        f"head_d{d}_v{vocab}",
+        _op("linear_cross_entropy"),
+        build,
+        lambda b, s: 2.0 * (b * s * d + vocab * d),
+        lambda b, s: 2.0 * b * s * d * vocab,
+        longest=16384,
+    )
+
+
 CASES = (
     _scan(1536, 16),
     _linear_scan(1536),
@@ -133,4 +190,8 @@ CASES = (
     _attention("mamba2_h80_p64_n128", 80, 1, 128, 64, "token"),
     _delta(16, 128),
     _norm(5120),
+    _rotary(16, 128),
+    _path(16, 64),
+    _window(16, 128, 2048),
+    _head(1024, 32768),
 )
