@@ -84,7 +84,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")
     ] = None,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward; bounds memory, changes nothing else.")] = 2048,
+    chunk: Annotated[int, typer.Option(help="Tokens per forward; bounds memory, changes nothing else.")] = 2048,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop after the document that reaches it.")] = None,
     output: JsonFile = None,
     seed: Annotated[int, typer.Option(help="Seed of the split, where --split is given with sources.")] = 0,
@@ -125,7 +125,7 @@ def generate(
         Path | None, typer.Option(help='JSON lines with a "prompt" or "messages" each; answers come as JSON lines.')
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Lines continued together.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Number of tokens to sample from; 0: all.")] = 0,

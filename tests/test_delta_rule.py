@@ -336,7 +336,7 @@ def test_native_schemas(backend: str) -> None:
 def test_bad_input_says_what_to_do() -> None:
     t = _draw("token", dtype=torch.float32)
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"v": t["v"][0]}, r"v must have shape \(batch, seqlen"),
+        ({"v": t["v"][0]}, r"v must be \(batch, seqlen"),
         ({"q": t["q"][:, :, :, :3]}, r"q must have shape \(2, 81, 2, 18\)"),
         ({"k": t["k"].repeat(1, 1, 2, 1)}, "dividing nheads=2"),
         ({"k": t["k"].double()}, "share one real float dtype"),

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from seqlib.errors import CheckpointMismatch, ConfigError
 from seqlib.hf import SeqlibConfig, SeqlibForCausalLM, SeqlibForSequenceClassification, SeqlibModel
-from seqlib.mixers import MIXERS
+from seqlib.mixers import MIXERS, looks_ahead
 from seqlib.mixers.mamba import MambaConfig
 
 stacks = pytest.mark.parametrize("stack", STACKS)
@@ -152,9 +152,11 @@ def test_every_mixer_is_built_without_memory_and_loaded(kind: str, tmp_path) -> 
     torch.manual_seed(0)
     mixers = {f"v{i}": {"kind": kind, **options} for i, options in enumerate(VARIANTS[kind])}
     shape = {"d_model": 32, "n_layer": len(mixers), "vocab_size": 16, "layer_pattern": list(mixers)}
-    model = SeqlibForCausalLM(SeqlibConfig(**shape, mixers=mixers, use_cache=False)).eval()
+    ahead = any(map(looks_ahead, mixers.values()))
+    made = SeqlibForSequenceClassification if ahead else SeqlibForCausalLM
+    model = made(SeqlibConfig(**shape, mixers=mixers, use_cache=False)).eval()
     model.save_pretrained(tmp_path)
-    opened = SeqlibForCausalLM.from_pretrained(tmp_path)
+    opened = made.from_pretrained(tmp_path)
     assert same_weights(opened, model)
     ids = torch.randint(16, (1, 9))
     with torch.no_grad():

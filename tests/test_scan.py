@@ -291,7 +291,7 @@ def test_summaries_combine(seq: SequenceInfo | None) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.randn(2, 20)}, "x must have shape"),
+        ({"x": torch.randn(2, 20)}, "x must be"),
         ({"dt": torch.randn(2, 70, 19)}, "dt must match x"),
         ({"z": torch.randn(2, 70, 20).bfloat16()}, "z must match x"),
         ({"A": -torch.rand(19, 5)}, "A must have shape"),
@@ -314,7 +314,7 @@ def test_bad_input_of_selective_scan(change: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("a", "b", "options", "message"),
     [
-        (torch.rand(3), torch.rand(3), {}, "b must have shape"),
+        (torch.rand(3), torch.rand(3), {}, "b must be"),
         (torch.rand(2, 4, 5), torch.rand(2, 4, 6), {}, "does not broadcast"),
         (torch.rand(2, 4, 5), torch.ones(2, 4, 5, dtype=torch.int64), {}, "floating point"),
         (
