@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: demo test test-long test-gpu suite check bench bench-gpu native sanitize sanitize-gpu peers clean
+.PHONY: demo test test-long test-gpu suite check bench bench-gpu native sanitize-gpu peers clean
 
 # Rebuilt only when the project's metadata changes. TORCH is installed first so that a plain CPU build is used.
 .venv/installed: pyproject.toml

@@ -84,3 +84,15 @@ def test_every_mixer_that_decodes_travels(tmp_path: Path) -> None:
 def test_only_models_of_ours_are_exported(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedInput, match="takes a model of seqlib.hf, got Linear"):
         seqlib.export_remote_code(torch.nn.Linear(2, 2), tmp_path)
+
+
+def test_a_mixer_from_elsewhere_does_not_travel_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(MIXERS["gated_conv"]):
+        pass
+
+    monkeypatch.setitem(MIXERS, "own", Own)
+    model = tiny("mamba")
+    model.config.mixers = {"m": {"kind": "own"}}
+    with pytest.raises(UnsupportedInput, match="mixer own lies outside seqlib"):
+        seqlib.export_remote_code(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from typing import Any
 
 import seqlib
 from seqlib.errors import UnsupportedInput
+from seqlib.mixers import MIXERS
 
 __all__ = ["export_remote_code"]
 
@@ -54,13 +55,19 @@ def export_remote_code(model: Any, folder: str | Path) -> list[str]:
         transformers fetches the files of a checkpoint's code from one folder only.
 
     Raises:
-        UnsupportedInput: not a seqlib model.
+        UnsupportedInput: not a seqlib model, or one with a mixer of somebody else's.
     """
     if not type(model).__module__.startswith("seqlib.hf."):
         raise UnsupportedInput(f"export_remote_code takes a model of seqlib.hf, got {type(model).__name__}")
     folder = Path(folder)
-    model.save_pretrained(folder)
     kinds = set(_kinds(model.config.mixers))
+    foreign = sorted(kind for kind in kinds if not MIXERS[kind].__module__.startswith("seqlib.mixers."))
+    if foreign:
+        raise UnsupportedInput(
+            f"mixer {', '.join(foreign)} lies outside seqlib, whose modules alone are taken along; put its file into "
+            "seqlib/mixers, or let its users import it"
+        )
+    model.save_pretrained(folder)
     sources = _collect(kinds)
     sources["seqlib.native"] = _NATIVE
     files = {f"{_flat(module)}.py": text for module, text in sources.items()}
