@@ -17,8 +17,8 @@ and by `seqlib-lra speed --peer-s4 DIR --json FILE`, of stock models by `python 
 GPU by `python -m seqlib.bench gpu --json FILE` and `python -m seqlib.lm.bench_decode PRESET --json FILE`. Ratios
 compare runs that took turns in one process. Processor time of one core is steadier than wall time where neighbours
 share the machine. Freed memory is kept by the process (glibc's mallopt), for all contenders alike. Quality is measured
-by `seqlib-lm sweep --json FILE`, and by `seqlib-lra train`, whose runs `seqlib-lra compare RUNS --json FILE` puts side
-by side.
+by `seqlib-lm sweep --json FILE`, by `seqlib-lra suite`, and by `seqlib-lra train`, whose runs `seqlib-lra compare RUNS
+--json FILE --chart FILE` puts side by side; seconds of training runs are those of a machine that had other work too.
 """
 
 
@@ -30,7 +30,8 @@ def page(folder: Path) -> str:
         parts.append(f"## {path.stem}" + (f"\n\n{_machine(report)}" if "machine" in report else ""))
         parts += [_case(result) for result in report.get("results", [])]
         parts += [section(report) for name, section in SECTIONS.items() if name in report]
-        parts += [f"![{chart.stem}](bench/{chart.name})" for chart in sorted(folder.glob(f"{path.stem}*.svg"))]
+        charts = sorted(p for p in folder.glob(f"{path.stem}*") if p.suffix in (".svg", ".png"))
+        parts += [f"![{chart.stem}](bench/{chart.name})" for chart in charts]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
