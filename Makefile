@@ -1,16 +1,26 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What `make lock` wrote: the packages that the suite passed with.
+CONSTRAINTS := .ci/constraints.txt
 BIN := .venv/bin
+PIP := python -m pip --quiet --disable-pip-version-check
 JOBS ?= 2
 
-.PHONY: demo test test-long test-gpu suite check bench bench-gpu native sanitize-gpu peers clean
+.PHONY: demo test test-long test-newest test-gpu lock suite check bench bench-gpu native sanitize-gpu peers clean
 
-# Rebuilt only when the project's metadata changes. TORCH is installed first so that a plain CPU build is used.
-.venv/installed: pyproject.toml
+# Rebuilt only when what is asked for changes. TORCH is installed first so that a plain CPU build is used.
+.venv/installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(BIN)/$(PIP) install "$(TORCH)"
+	$(BIN)/$(PIP) install --constraint $(CONSTRAINTS) --editable ".[test]"
+	touch $@
+
+# A fresh environment with the newest of everything that pyproject.toml allows, kept apart from .venv.
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/$(PIP) install "$(TORCH)"
+	.venv-newest/bin/$(PIP) install --editable ".[test]"
 	touch $@
 
 demo: .venv/installed
@@ -19,6 +29,18 @@ demo: .venv/installed
 # One thread per worker: threads that wait for each other on shared cores cost more than they bring.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+# The same suite with packages that nobody has tested yet. It comes before `make lock`.
+test-newest:
+	rm -f .venv-newest/installed
+	$(MAKE) .venv-newest/installed
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(JOBS) -m "not slow"
+
+# torch and what comes with it differ by build: TORCH chooses them. triton may be older, as a torch for GPUs asks for its own.
+lock: .venv-newest/installed
+	{ echo "# Written by make lock: what make demo and make test install, beside torch."; \
+	  .venv-newest/bin/python -m pip freeze --exclude-editable | grep -vE '^(torch|nvidia-|cuda-)' | sed 's/^triton==/triton<=/'; \
+	} > $(CONSTRAINTS)
 
 test-long: .venv/installed
 	$(BIN)/python -m pytest -m slow
@@ -60,4 +82,4 @@ native: .venv/installed
 	$(BIN)/python -m seqlib.native build
 
 clean:
-	rm -rf .venv build dist *.egg-info seqlib/_lib
+	rm -rf .venv .venv-newest build dist *.egg-info seqlib/_lib

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from seqlib.dispatch import BACKENDS, FORMS, op_names
 from seqlib.mixers import MIXERS
@@ -136,6 +139,9 @@ class Block:
         if name.split(".")[0] in {"transformers", "triton", "mamba_ssm", "causal_conv1d", "flash_attn", "datasets"}:
             raise ModuleNotFoundError(name)
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 sys.meta_path.insert(0, Block())
 import subprocess
 def refuse(*a, **k): raise AssertionError("a process was started at import")
@@ -249,3 +255,23 @@ def test_no_traces_of_one_machine() -> None:
 def test_torch_is_new_enough() -> None:
     major, minor = (int(n) for n in torch.__version__.split(".")[:2])
     assert (major, minor) >= (2, 10)
+
+
+def test_constraints_pin_what_the_project_asks_for() -> None:
+    """Every direct dependency has one tested version, within pyproject's range, and transformers ends at that minor."""
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(r.name): r for r in map(Requirement, lines[1:])}
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"]
+    asked = [Requirement(text) for text in project["dependencies"] + extras["lm"] + extras["lra"] + extras["test"]]
+    for requirement in asked:
+        if requirement.name in ("torch", "seqlib"):
+            continue  # chosen by TORCH in the Makefile; the project itself
+        (pin,) = pinned[canonicalize_name(requirement.name)].specifier
+        assert pin.operator == ("<=" if requirement.name == "triton" else "=="), pin
+        assert pin.version in requirement.specifier, requirement
+        if requirement.name == "transformers":
+            release = Version(pin.version).release
+            assert f"{release[0]}.{release[1] + 1}" not in requirement.specifier, "the next minor is not tested yet"
+    makefile = (ROOT / "Makefile").read_text()
+    assert "--constraint $(CONSTRAINTS)" in makefile
