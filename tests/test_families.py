@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import seqlib
+from seqlib.errors import CheckpointMismatch
+from seqlib.hf.families import recognise
+from seqlib.hf.files import WeightFiles, read_json
 
 BOUND = 2e-5
 LENGTHS = (21, 9, 2)
@@ -101,6 +104,26 @@ def test_several_tokens_after_right_padding(case: str, opened) -> None:
     logits = model(more, past_key_values=cache).logits
     for row, prompt in enumerate(prompts):
         same(logits[row], uncached(reference, torch.cat([prompt, more[row : row + 1]], 1))[0, -5:])
+
+
+@cases
+def test_fields_that_nobody_knows_are_refused(case: str, opened) -> None:
+    """At the top of the config and in each of its parts: such a model may compute something else."""
+    _, folder, _ = opened(case)
+    config = read_json(folder, "config.json", {}) or read_json(folder, "params.json", {})
+
+    def read(**changes: Any) -> dict[str, Any]:
+        family, values = recognise(folder, config | changes)
+        look = family.look or (lambda names: {})
+        return family.config(values | look(WeightFiles(folder, {}).shapes), "authors")
+
+    parts = [name for name, value in config.items() if isinstance(value, dict) and name not in ("id2label", "label2id")]
+    rope = config.get("rope_parameters") or {}
+    if rope and (rope["rope_theta"] is None or read() == read(rope_parameters=rope | {"rope_theta": 5.0})):
+        parts.remove("rope_parameters")  # no layer rotates
+    for changes in ({"bidirectional": True}, *({name: config[name] | {"bidirectional": True}} for name in parts)):
+        with pytest.raises(CheckpointMismatch, match="bidirectional"):
+            read(**changes)
 
 
 @cases

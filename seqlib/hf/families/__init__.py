@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.families import (
     bamba,
@@ -24,7 +22,7 @@ from seqlib.hf.families import (
     xlstm,
     zamba2,
 )
-from seqlib.hf.families.base import Family
+from seqlib.hf.families.base import GENERIC, Family
 
 __all__ = ["FAMILIES", "recognise"]
 
@@ -62,20 +60,10 @@ def recognise(source: object, values: dict[str, Any], ignore: Iterable[str] = ()
             f"{', '.join(FAMILIES)}"
         )
     full = family.defaults(values)
-    unknown = sorted(values.keys() - full.keys() - family.known - _GENERIC - set(ignore))
+    unknown = sorted(values.keys() - full.keys() - family.known - GENERIC - set(ignore))
     if unknown:
         raise CheckpointMismatch(
             f"{source}: {family.name} has no field {', '.join(unknown)}, so its models may compute something else; if "
             f"you know that they change nothing, pass ignore={tuple(unknown)}"
         )
     return family, full
-
-
-# What transformers writes into any config, and what only training or serving reads.
-_GENERIC = frozenset(PretrainedConfig().to_dict()) | {
-    "_name_or_path", "architectures", "auto_map", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
-    "hidden_dropout", "initializer_range", "max_position_embeddings", "model_type", "output_router_logits",
-    "pad_token_id", "quantization_config", "rescale_prenorm_residual", "router_aux_loss_coef", "tie_word_embeddings",
-    "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "_attn_implementation_autoset",
-    "num_logits_to_keep", "attn_implementation", "_attn_implementation",
-}  # fmt: skip

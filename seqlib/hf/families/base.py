@@ -13,21 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.configuration import SeqlibConfig
 
 __all__ = [
+    "GENERIC",
     "Family",
     "Names",
     "Part",
     "Values",
     "conv",
+    "defaulted",
     "expect",
     "ids",
     "layer",
     "linear",
+    "only",
     "ported",
     "rows",
     "top",
@@ -35,6 +38,15 @@ __all__ = [
 ]
 
 Values = Mapping[str, Any]
+
+# What transformers writes into any config, and what only training or serving reads.
+GENERIC = frozenset(PretrainedConfig().to_dict()) | {
+    "_name_or_path", "architectures", "auto_map", "attention_dropout", "bos_token_id", "dtype", "eos_token_id",
+    "hidden_dropout", "initializer_range", "max_position_embeddings", "model_type", "output_router_logits",
+    "pad_token_id", "quantization_config", "rescale_prenorm_residual", "router_aux_loss_coef", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "_attn_implementation_autoset",
+    "num_logits_to_keep", "attn_implementation", "_attn_implementation",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Family:
         parts: their config and ours -> correspondences; those of which we have no tensor are passed over, and of
             several for the same tensors of ours the first that the file has counts. The first of all is written.
         matches: whether a config.json is of this family.
-        defaults: their config with every field that counts; files may leave some out.
+        defaults: their config -> the fields of it that the family knows, with those that the file leaves out.
         known: fields of their config that change nothing here; other unknown ones are refused.
         ignored: patterns of tensors that carry nothing.
         look: fields of their config that only the names of the tensors tell.
@@ -92,6 +104,12 @@ class Family:
     stores_tied_head: bool = False
     weights_file: str | None = None
     config_file: str = "config.json"
+
+
+def defaulted(fields: Values, known: Iterable[str] = ()) -> Callable[[Values], dict[str, Any]]:
+    """`Family.defaults` of a layout whose fields and their defaults are written out here."""
+    names = fields.keys() | set(known) | GENERIC
+    return lambda values: {**fields, **{name: value for name, value in values.items() if name in names}}
 
 
 def ported(
@@ -182,6 +200,13 @@ def rows(
     mine = (ours,) if isinstance(ours, str) else tuple(ours)
     them = (theirs,) if isinstance(theirs, str) else tuple(theirs)
     return {mine[0]: Part(mine, them, order, None if shares is None else tuple(shares))}
+
+
+def only(where: str, given: Values, known: Iterable[str]) -> None:
+    """Raise unless every field of a part of a config is known; what the others mean, nobody here can say."""
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        raise CheckpointMismatch(f"{where} has {', '.join(unknown)}; known: {', '.join(sorted(known))}")
 
 
 def expect(family: str, values: Values, **wanted: Any) -> None:

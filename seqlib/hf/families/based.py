@@ -11,7 +11,21 @@ from typing import Any
 
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.configuration import SeqlibConfig
-from seqlib.hf.families.base import Family, Names, Part, Values, expect, ids, layer, linear, rows, top, within
+from seqlib.hf.families.base import (
+    Family,
+    Names,
+    Part,
+    Values,
+    defaulted,
+    expect,
+    ids,
+    layer,
+    linear,
+    only,
+    rows,
+    top,
+    within,
+)
 
 __all__ = ["FAMILIES"]
 
@@ -44,6 +58,7 @@ _RUNTIME |= {"attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn
 _RUNTIME |= {"rms_norm", "prenorm", "scale_attn_by_inverse_layer_idx", "scale_attn_weights", "mlp_type", "ff_mult"}
 _RUNTIME |= {"max_position_embeddings", "summary_activation", "summary_first_dropout", "summary_proj_to_labels"}
 _RUNTIME |= {"summary_type", "summary_use_proj", "add_cross_attention", "is_decoder", "n_head_kv"}
+_RUNTIME |= {"lm_head_bias", "conv_bias", "prefixed"}  # the last two are what `_look` finds
 _CONV, _LINEAR, _WINDOW = "BaseConv", "LinearAttention", "SlidingAttention"
 
 
@@ -79,6 +94,8 @@ def _at(v: Values, index: int) -> str:
 
 def _mixer(v: Values, given: Values) -> dict[str, Any]:
     kind = given.get("_target_", "").rpartition(".")[2]
+    if kind in _FIELDS:
+        only(f"based: mixer {kind}", given, _FIELDS[kind] | _EVERY_MIXER)
     if kind == _CONV:
         inner = given.get("expand_proj", 2)
         if inner % 2:
@@ -91,7 +108,9 @@ def _mixer(v: Values, given: Values) -> dict[str, Any]:
             "conv_bias": v["conv_bias"],
         }
     if kind == _LINEAR:
-        expect("based", given.get("feature_map", {}), _target_=f"{_TARGET}.TaylorExp")
+        features = given.get("feature_map", {})
+        only("based: feature_map", features, {"_target_", "input_dim"})
+        expect("based", features, _target_=f"{_TARGET}.TaylorExp")
         return {"kind": "based", "nheads": given.get("num_heads", 16), "d_feature": given.get("feature_dim", 16)}
     if kind != _WINDOW:
         raise CheckpointMismatch(f"based: mixer {kind!r} is not supported; known: {_CONV}, {_LINEAR}, {_WINDOW}")
@@ -109,6 +128,13 @@ def _mixer(v: Values, given: Values) -> dict[str, Any]:
     }
 
 
+# Fields of the mixers' own configs; those of every mixer decide nothing here.
+_EVERY_MIXER = {"_target_", "layer_idx", "l_max", "use_cuda"}
+_FIELDS = {
+    _CONV: {"kernel_size", "use_bias", "expand_proj"},
+    _LINEAR: {"num_heads", "feature_dim", "feature_map", "parallel_implementation"},
+    _WINDOW: {"window_size"},
+}
 _TARGET = "based.models.mixers.linear_attention"
 _NAMES: dict[str, Names] = {
     "gated_conv": {
@@ -156,7 +182,7 @@ FAMILIES = (
         _config,
         _parts,
         matches=lambda v: isinstance(v.get("mixer"), dict) and "n_embd" in v,
-        defaults=lambda v: _DEFAULTS | dict(v),
+        defaults=defaulted(_DEFAULTS, _RUNTIME),
         known=frozenset(_RUNTIME),
         ignored=(r"metrics\.", r"feature_map\.tril_indices$"),
         look=_look,

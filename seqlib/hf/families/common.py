@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from seqlib.errors import CheckpointMismatch
-from seqlib.hf.families.base import Names, Part, Values, expect, ids, linear
+from seqlib.hf.families.base import Names, Part, Values, expect, ids, linear, only
 from seqlib.hf.families.mamba import dt_limit
 
 __all__ = ["ATTENTION", "GLU", "LEGACY", "attention", "experts", "language_model", "mamba2", "rope"]
@@ -42,9 +42,13 @@ def attention(v: Values, **options: Any) -> dict[str, Any]:
     }
 
 
+_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
+
+
 def rope(v: Values, headdim: int | None = None) -> dict[str, Any]:
     """Rotary positions as fields of `AttentionConfig`; a `rotary_dim` goes before a factor."""
     given = v.get("rope_parameters") or {}
+    only(f"{v['model_type']}: rope_parameters", given, _ROPE)
     kind = given.get("rope_type", "default")
     if kind not in ("default", "linear"):
         raise CheckpointMismatch(f"{v['model_type']}: rope_type {kind!r} is not supported; known: default, linear")

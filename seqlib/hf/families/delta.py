@@ -31,6 +31,7 @@ def _gated_delta(v: Values, **options: Any) -> dict[str, Any]:
 
 
 def _qwen_config(v: Values, match: str) -> dict[str, Any]:
+    expect("qwen3_next", v, use_sliding_window=(False, None))
     heads = attention(v, **rope(v), gate=True, qk_norm=True, qk_norm_eps=v["rms_norm_eps"], qk_norm_offset=1.0)
     kinds = {"l": _gated_delta(v, norm_eps=v["rms_norm_eps"]), "a": heads}
     routed = {

@@ -9,7 +9,22 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from seqlib.hf.configuration import SeqlibConfig
-from seqlib.hf.families.base import Family, Names, Part, Values, conv, expect, ids, layer, linear, rows, top, within
+from seqlib.hf.families.base import (
+    Family,
+    Names,
+    Part,
+    Values,
+    conv,
+    defaulted,
+    expect,
+    ids,
+    layer,
+    linear,
+    only,
+    rows,
+    top,
+    within,
+)
 from seqlib.hf.families.common import ATTENTION, GLU
 
 __all__ = ["FAMILIES"]
@@ -28,6 +43,7 @@ _COMMON = {
 _RUNTIME = {"attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"}
 _RUNTIME |= {"clamp_min", "use_gk", "use_gv", "elementwise_affine", "feature_map", "use_output_norm", "conv_bias"}
 _RUNTIME |= {"attnres_block_size", "max_position_embeddings"}
+_ATTENTION = {"layers", "num_heads", "num_kv_heads", "qkv_bias", "qk_norm", "window_size", "rope_theta"}
 # Options that would change the maths; what is not named in a config has the first of these values.
 _FIXED: dict[str, dict[str, Any]] = {
     "gla": {"use_short_conv": False, "use_output_gate": True, "num_kv_heads": None, "clamp_min": None, "use_gk": True},
@@ -66,6 +82,7 @@ def _mixer(v: Values) -> dict[str, Any]:
 
 def _attention(v: Values) -> dict[str, Any]:
     given = v["attn"]
+    only(f"{v['model_type']}: attn", given, _ATTENTION)
     expect(v["model_type"], given, qk_norm=False)
     return {
         "kind": "attention",
@@ -81,7 +98,15 @@ def _attention(v: Values) -> dict[str, Any]:
 def _config(v: Values, match: str) -> dict[str, Any]:
     kind = v["model_type"]
     heads = v["num_heads"]
-    expect(kind, v, hidden_act=("swish", "silu"), elementwise_affine=(True, None), conv_bias=False)
+    expect(
+        kind,
+        v,
+        hidden_act=("swish", "silu"),
+        elementwise_affine=(True, None),
+        conv_bias=False,
+        attnres_block_size=None,
+        use_output_norm=True,
+    )
     expect(
         kind, v, **{name: (value, heads) if name == "num_kv_heads" else value for name, value in _FIXED[kind].items()}
     )
@@ -145,7 +170,7 @@ def _family(kind: str) -> Family:
         _config,
         _parts,
         matches=lambda v: v.get("model_type") == kind,
-        defaults=lambda v: _COMMON | _DEFAULTS[kind] | _FIXED[kind] | dict(v),
+        defaults=defaulted(_COMMON | _DEFAULTS[kind] | _FIXED[kind], _RUNTIME),
         known=frozenset(_RUNTIME),
         ignored=(r"\.attn\.D$",) if kind == "gated_deltanet" else (),
     )

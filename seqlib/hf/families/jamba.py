@@ -17,7 +17,7 @@ __all__ = ["FAMILIES"]
 
 
 def _config(v: Values, match: str) -> dict[str, Any]:
-    expect("jamba", v, hidden_act=("silu", "swish"))
+    expect("jamba", v, hidden_act=("silu", "swish"), mamba_inner_layernorms=True)
     mixer = {
         "kind": "mamba",
         "d_state": v["mamba_d_state"],

@@ -18,10 +18,12 @@ from seqlib.hf.families.base import (
     Part,
     Values,
     conv,
+    defaulted,
     expect,
     ids,
     layer,
     linear,
+    only,
     ported,
     rows,
     top,
@@ -211,9 +213,7 @@ def _original_mixer(given: Values) -> dict[str, Any]:
 
 
 def _original_attention(given: Values, d_model: int) -> dict[str, Any]:
-    unknown = sorted(given.keys() - _ATTENTION)
-    if unknown:
-        raise CheckpointMismatch(f"attn_cfg has {', '.join(unknown)}; known: {', '.join(sorted(_ATTENTION))}")
+    only("attn_cfg", given, _ATTENTION)
     expect("attn_cfg", given, causal=True, mlp_dim=0)
     headdim = given.get("head_dim") or d_model // given["num_heads"]
     rotated, d_conv = given.get("rotary_emb_dim", 0), given.get("d_conv", 0)
@@ -275,20 +275,14 @@ def _original_write(config: SeqlibConfig) -> dict[str, Any]:
     }
 
 
-_CODESTRAL = {"dim", "n_layers", "vocab_size", "n_groups", "tie_embeddings", "residual_in_fp32", "rms_norm"}
-_CODESTRAL |= {"fused_add_norm", "pad_vocab_size_multiple", "model_type"}
-
-
-def _codestral_defaults(v: Values) -> dict[str, Any]:
-    return {
-        "n_groups": 8,
-        "tie_embeddings": False,
-        "residual_in_fp32": True,
-        "rms_norm": True,
-        "fused_add_norm": True,
-        "pad_vocab_size_multiple": 1,
-        **v,
-    }
+_CODESTRAL = {
+    "n_groups": 8,
+    "tie_embeddings": False,
+    "residual_in_fp32": True,
+    "rms_norm": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 1,
+}
 
 
 def _codestral_config(v: Values, match: str) -> dict[str, Any]:
@@ -317,7 +311,7 @@ FAMILIES = (
         _original_config,
         _original_parts,
         matches=lambda v: "model_type" not in v and {"d_model", "n_layer"} <= v.keys(),
-        defaults=lambda v: _ORIGINAL | dict(v),
+        defaults=defaulted(_ORIGINAL),
         write=_original_write,
         stores_tied_head=True,
         weights_file="pytorch_model.bin",
@@ -327,7 +321,7 @@ FAMILIES = (
         _codestral_config,
         _codestral_parts,
         matches=lambda v: {"dim", "n_layers"} <= v.keys(),
-        defaults=_codestral_defaults,
+        defaults=defaulted(_CODESTRAL, ("dim", "n_layers", "vocab_size")),
         weights_file="consolidated.safetensors",
         config_file="params.json",
     ),

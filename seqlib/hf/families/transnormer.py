@@ -13,7 +13,7 @@ from typing import Any
 
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.configuration import SeqlibConfig
-from seqlib.hf.families.base import Family, Names, Part, Values, expect, ids, layer, linear, top, within
+from seqlib.hf.families.base import Family, Names, Part, Values, defaulted, expect, ids, layer, linear, top, within
 
 __all__ = ["FAMILIES"]
 
@@ -88,7 +88,7 @@ FAMILIES = (
         _config,
         _parts,
         matches=lambda v: v.get("model_type") == "transnormer",
-        defaults=lambda v: _DEFAULTS | dict(v),
+        defaults=defaulted(_DEFAULTS, _RUNTIME),
         known=frozenset(_RUNTIME),
     ),
 )

@@ -20,7 +20,7 @@ _RUNTIME |= {"norm_reduction_force_float32", "add_out_norm"}
 
 
 def _config(v: Values, match: str) -> dict[str, Any]:
-    expect("xlstm", v, use_bias=False)
+    expect("xlstm", v, use_bias=False, add_out_norm=True)
     multiple = v["ffn_round_up_to_multiple_of"]
     width = -(-int(v["hidden_size"] * v["ffn_proj_factor"]) // multiple) * multiple
     mixer = {

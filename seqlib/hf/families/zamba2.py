@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from seqlib.hf.configuration import SeqlibConfig
-from seqlib.hf.families.base import Names, Part, Values, expect, layer, linear, ported, top, within
+from seqlib.hf.families.base import Names, Part, Values, expect, layer, linear, only, ported, top, within
 from seqlib.hf.families.common import ATTENTION, LEGACY, language_model
 from seqlib.hf.families.mamba import MAMBA2
 
@@ -27,7 +27,8 @@ def _defaults(v: Values) -> dict[str, Any]:
     given = {_OLD.get(name, name): value for name, value in v.items()}
     if "mamba_headdim" in given and "n_mamba_heads" not in given:
         given["n_mamba_heads"] = given.get("mamba_expand", 2) * given["hidden_size"] // given["mamba_headdim"]
-    return dict(v) | _PORTED.defaults(given)
+    known = {name: value for name, value in v.items() if name in _OLD.keys() | {"mamba_headdim"}}
+    return known | _PORTED.defaults(given)
 
 
 def _config(v: Values, match: str) -> dict[str, Any]:
@@ -54,7 +55,9 @@ def _config(v: Values, match: str) -> dict[str, Any]:
     }
     attention["scale"] = (headdim / 2) ** -0.5
     if v["use_mem_rope"]:
-        theta = float((v.get("rope_parameters") or {}).get("rope_theta", 1e4))
+        given = v.get("rope_parameters") or {}
+        only("zamba2: rope_parameters", given, {"rope_type", "rope_theta"})
+        theta = float(given.get("rope_theta", 1e4))
         stretched = v["use_long_context"] and match == "authors"
         attention["rope_theta"] = theta * 8 ** (headdim / (headdim - 2)) if stretched else theta
     names = dict.fromkeys(pattern)
