@@ -10,17 +10,18 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
-from seqlib.errors import CheckpointMismatch, ConfigError
+from seqlib.errors import CheckpointMismatch, ConfigError, SeqlibError
 from seqlib.hf import convert, modeling, pair
 from seqlib.hf.configuration import SeqlibConfig
 from seqlib.hf.families import FAMILIES, recognise
-from seqlib.hf.families.base import Family
+from seqlib.hf.families.base import Family, Part
 from seqlib.hf.files import HUB_OPTIONS, WeightFiles, read_json
-from seqlib.hf.loading import refuse_not_finite
+from seqlib.hf.loading import refuse_layers, refuse_not_finite, refuse_sizes
 
 __all__ = ["export", "from_pretrained"]
 
@@ -63,11 +64,22 @@ def from_pretrained(
         return _class_of(values).from_pretrained(
             id_or_dir, **{name: value for name, value in options.items() if value is not None}
         )
-    family, values = recognise(id_or_dir, values, ignore)
     files = WeightFiles(id_or_dir, hub)
-    if family.look is not None:
-        values |= family.look(files.shapes)
-    config = SeqlibConfig(**family.config(values, match))
+    refuse_layers(id_or_dir, values, files.shapes)
+    try:
+        family, values = recognise(id_or_dir, values, ignore)
+        if family.look is not None:
+            values |= family.look(files.shapes)
+        config = SeqlibConfig(**family.config(values, match))
+        refuse_sizes(id_or_dir, config.to_dict(), files.shapes)
+        correspondences = list(family.parts(values, config))
+    except SeqlibError:
+        raise
+    except _BAD_VALUES as error:
+        raise CheckpointMismatch(
+            f"{id_or_dir}: the values of its config do not fit together ({type(error).__name__}: {error}); copy or "
+            "download it again"
+        ) from error
     for name, value in kwargs.items():
         if name not in _FREE:
             raise ConfigError(
@@ -78,7 +90,7 @@ def from_pretrained(
     wanted = _dtype(dtype, values, files)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted)
-    parts = _fit(id_or_dir, family, values, model, files)
+    parts = _fit(id_or_dir, family, correspondences, model, files)
     wide = sorted({_starred(n) for p in parts for n in p.theirs if files.dtype(n) == torch.float32 != wanted})
     config.origin = {"layout": family.name, "config": values, "match": match, "float32": wide}
     places = _places(model, device_map)
@@ -131,6 +143,8 @@ def export(model: nn.Module, layout: str, directory: str | Path, *, max_shard_si
         save_file(written, folder / family.weights_file, metadata={"format": "pt"})
 
 
+# What a number, a name or a list in the place of another raises where a layout or transformers reads it.
+_BAD_VALUES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError)
 _FREE = ("use_cache", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
 """Fields of our config that a caller may set on a published checkpoint."""
 
@@ -156,9 +170,9 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def _fit(source: object, family: Family, values: Mapping[str, Any], model: Any, files: WeightFiles) -> list[Any]:
+def _fit(source: object, family: Family, parts: list[Part], model: Any, files: WeightFiles) -> list[Part]:
     """The correspondences that hold; unties the head where the file has one of its own."""
-    parts, tied = list(family.parts(values, model.config)), model.config.tie_word_embeddings
+    tied = model.config.tie_word_embeddings
     head, embedding = (next(p for p in parts if p.ours == (name,)) for name in (convert.HEAD, convert.EMBEDDING))
     stored = [next((n for n in p.theirs[0].split("|") if n in files), None) for p in (head, embedding)]
     if tied and None not in stored and not torch.equal(*(files.read(cast(str, name)) for name in stored)):

@@ -100,6 +100,8 @@ class SeqlibConfig(PretrainedConfig):
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
         self._refuse_unknown(kwargs)
+        if isinstance(self.vocab_size, bool) or self.vocab_size < 1:
+            raise ConfigError(f"vocab_size must be a positive integer, got {self.vocab_size!r}")
         if self.embedding not in ("table", "number"):
             raise ConfigError(f"embedding must be 'table' or 'number', got {self.embedding!r}")
         if self.pooling not in ("last", "mean"):

@@ -25,14 +25,34 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors")
 
 
 def read_json(source: str | Path, name: str, hub: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A JSON file of the checkpoint, None if it has none of that name."""
+    """A JSON file of the checkpoint, None if it has none of that name.
+
+    Raises:
+        CheckpointMismatch: it holds anything but a JSON object.
+    """
     path = _find(source, name, hub)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"), object_hook=_special)
+    return None if path is None else _json_object(path)
+
+
+def _json_object(path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"), object_hook=_special)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        what = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON ({error})"
+        raise CheckpointMismatch(f"{path} {what}; copy or download it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointMismatch(f"{path} must hold a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _special(values: dict[str, Any]) -> Any:
     """transformers writes infinities as {"__float__": "Infinity"}."""
-    return float(values["__float__"]) if values.keys() == {"__float__"} else values
+    if values.keys() != {"__float__"}:
+        return values
+    try:
+        return float(values["__float__"])
+    except (TypeError, ValueError):
+        return values  # something else of that name, for its reader to refuse
 
 
 class WeightFiles:
@@ -71,7 +91,13 @@ class WeightFiles:
         return held[name].dtype if isinstance(held, dict) else _DTYPES[held.get_slice(name).get_dtype()]
 
     def _shards(self, index: str, hub: Mapping[str, Any]) -> list[str]:
-        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        places = _json_object(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise CheckpointMismatch(f"{index} must have a weight_map from names of tensors to names of files")
+        names = sorted(set(places.values()))
+        outside = [name for name in names if not name or Path(name).name != name or "\\" in name]
+        if outside:
+            raise CheckpointMismatch(f"{index} names {', '.join(outside)}, which is no file beside it; it is not read")
         paths = [(name, _find(self.source, name, hub)) for name in names]
         absent = [name for name, path in paths if path is None]
         if absent:
@@ -79,6 +105,7 @@ class WeightFiles:
         return [path for _, path in paths if path is not None]
 
     def _add(self, path: str) -> None:
+        name = f"{self.source}: {Path(path).name}"
         try:
             if path.endswith(".safetensors"):
                 held: Any = safe_open(path, framework="pt", device="cpu")
@@ -86,16 +113,18 @@ class WeightFiles:
             else:
                 # Only the format of torch since 1.6 can be mapped into memory.
                 held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                if not isinstance(held, dict) or not all(isinstance(t, Tensor) for t in held.values()):
+                    raise CheckpointMismatch(f"{name} must hold tensors by name, got {type(held).__name__}")
                 shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
         except SafetensorError as error:
-            raise CheckpointMismatch(f"{path} is damaged ({error}); copy or download it again") from error
+            raise CheckpointMismatch(f"{name} is damaged ({error}); copy or download it again") from error
         except pickle.UnpicklingError as error:
             raise CheckpointMismatch(
-                f"{path} holds more than tensors, which could run code, and is not read; ask for a safetensors file"
+                f"{name} holds more than tensors, which could run code, and is not read; ask for a safetensors file"
             ) from error
         except (RuntimeError, EOFError, AttributeError) as error:
             raise CheckpointMismatch(
-                f"{path} cannot be read as tensors ({error}); copy or download it again"
+                f"{name} cannot be read as tensors ({error}); copy or download it again"
             ) from error
         self._open[path] = held
         self.shapes.update(shapes)

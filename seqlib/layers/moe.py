@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.fields import from_fields
 from seqlib.layers.init import fill_, linear_, uniform_
 from seqlib.layers.linear import Linear
 from seqlib.layers.mlp import ACTIVATIONS, MLP, MLPConfig
@@ -54,7 +54,11 @@ class MoEConfig(MLPConfig):
             raise ConfigError(f"moe: score must be 'softmax', 'chosen_softmax' or 'sigmoid', got {self.score!r}")
         if not 1 <= self.top_k <= self.nexperts:
             raise ConfigError(f"moe: need 1 <= top_k <= nexperts, got {self.top_k} and {self.nexperts}")
-        if self.nexperts % self.ngroups or not 1 <= self.top_groups <= self.ngroups:
+        for name in ("d_shared", "d_latent"):
+            width = getattr(self, name)
+            if width is not None and width < 1:
+                raise ConfigError(f"moe: {name} must be positive, got {width}")
+        if self.ngroups < 1 or self.nexperts % self.ngroups or not 1 <= self.top_groups <= self.ngroups:
             raise ConfigError(
                 f"moe: ngroups must divide nexperts={self.nexperts} and 1 <= top_groups <= ngroups, got {self.ngroups} "
                 f"and {self.top_groups}"
@@ -198,12 +202,9 @@ def channel_config(values: Mapping[str, Any] | MLPConfig | None) -> MLPConfig | 
     """A typed config from plain values: of experts if they name `nexperts`, else of an MLP."""
     if values is None or isinstance(values, MLPConfig):
         return values
-    cls = MoEConfig if "nexperts" in values else MLPConfig
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        raise ConfigError(f"mlp config has no field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return cls(**values)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"mlp is a dict of fields, or null for none, got {values!r}")
+    return from_fields(MoEConfig if "nexperts" in values else MLPConfig, values, "mlp config")
 
 
 def channel_mixer(config: MLPConfig, d_model: int, *, residual_scale: float = 1.0) -> MLP | MoE:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqlib.errors import ConfigError
+from seqlib.fields import from_fields
 from seqlib.mixers.attention import Attention, SlidingAttention
 from seqlib.mixers.base import Mixer, MixerConfig
 from seqlib.mixers.based import Based
@@ -104,16 +105,13 @@ def mixer_config(values: Mapping[str, Any] | MixerConfig) -> MixerConfig:
     """
     if isinstance(values, MixerConfig):
         return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"a mixer is a dict with a kind and its fields, got {values!r}")
     fields = dict(values)
     kind = fields.get("kind")
-    if kind not in MIXERS:
+    if not isinstance(kind, str) or kind not in MIXERS:
         raise ConfigError(f"unknown mixer kind {kind!r}; known: {', '.join(sorted(MIXERS))}")
-    cls = MIXERS[kind].Config
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(fields.keys() - known)
-    if unknown:
-        raise ConfigError(f"{kind} has no field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return cls(**fields)
+    return from_fields(MIXERS[kind].Config, fields, kind)
 
 
 def looks_ahead(values: Mapping[str, Any] | MixerConfig) -> bool:

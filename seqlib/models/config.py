@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from seqlib.errors import ConfigError
+from seqlib.fields import from_fields
 from seqlib.layers.mlp import MLPConfig
 from seqlib.layers.moe import channel_config
 from seqlib.mixers import MixerConfig, mixer_config
 from seqlib.models.aside import AsideConfig
 
 __all__ = ["BackboneConfig", "BlockConfig", "expand_pattern"]
+
+
+_MOST_LAYERS = 16384
+"""Far beyond any model; a larger number is a mistake, and would take all memory before that shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,8 @@ class BackboneConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.n_layer > _MOST_LAYERS:
+            raise ConfigError(f"n_layer must be at most {_MOST_LAYERS:,}, got {self.n_layer:,}")
         if self.tile not in ("exact", "truncate"):
             raise ConfigError(f"tile must be 'exact' or 'truncate', got {self.tile!r}")
         set_ = object.__setattr__  # the stored value is always the expanded one
@@ -93,7 +100,7 @@ class BackboneConfig:
         if unused:
             raise ConfigError(f"blocks {', '.join(unused)} do not occur in layer_pattern; remove or use them")
         if isinstance(self.aside, Mapping):
-            set_(self, "aside", _from_fields(AsideConfig, self.aside, "aside"))
+            set_(self, "aside", from_fields(AsideConfig, self.aside, "aside config"))
         if any(block.aside for block in self.blocks.values()) != (self.aside is not None):
             raise ConfigError("blocks aside need both BackboneConfig.aside and a layer whose block has aside=True")
 
@@ -114,7 +121,7 @@ class BackboneConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BackboneConfig:
-        return _from_fields(cls, values, "backbone")
+        return from_fields(cls, values, "backbone config")
 
 
 def expand_pattern(
@@ -133,7 +140,7 @@ def expand_pattern(
             raise ConfigError(
                 f"layer_pattern has {word!r}; write names of mixers, each alone or as name*count: {', '.join(names)}"
             )
-        unit += [found[1]] * int(found[2] or 1)
+        unit += [found[1]] * min(int(found[2] or 1), n_layer + 1)
     if not unit or len(unit) > n_layer or (n_layer % len(unit) and tile == "exact"):
         raise ConfigError(
             f"layer_pattern {pattern!r} describes {len(unit)} layers, which do not tile n_layer={n_layer}; "
@@ -142,16 +149,8 @@ def expand_pattern(
     unused = sorted(names.keys() - set(unit))
     if unused:
         raise ConfigError(f"mixers {', '.join(unused)} do not occur in layer_pattern {pattern!r}; remove or use them")
-    return tuple((unit * n_layer)[:n_layer])
+    return tuple((unit * -(-n_layer // len(unit)))[:n_layer])
 
 
 def _block(values: Mapping[str, Any] | BlockConfig) -> BlockConfig:
-    return values if isinstance(values, BlockConfig) else _from_fields(BlockConfig, values, "block")
-
-
-def _from_fields(cls: Any, values: Mapping[str, Any], what: str) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        raise ConfigError(f"{what} config has no field {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return cls(**values)
+    return values if isinstance(values, BlockConfig) else from_fields(BlockConfig, values, "block config")
