@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seqlib.errors import CorpusError, UnsupportedInput
+from seqlib.hf.names import CACHE, returned_cache
 
 from .data import Tokens
 
@@ -135,8 +136,8 @@ def score(model: Any, ids: Tensor, *, chunk: int = 2048) -> Tensor:
     found = []
     for begin in range(0, len(ids) - 1, chunk):
         end = min(begin + chunk, len(ids) - 1)
-        out = model(input_ids=ids[None, begin:end].to(device), past_key_values=cache, use_cache=True)
-        cache = getattr(out, "past_key_values", None)
+        out = model(input_ids=ids[None, begin:end].to(device), **{CACHE: cache}, use_cache=True)
+        cache = returned_cache(out)
         if cache is None and end < len(ids) - 1:
             raise UnsupportedInput(_no_cache(model))
         targets = ids[begin + 1 : end + 1].to(device)
@@ -162,9 +163,7 @@ def _check_cache(model: Any, tokens: Tokens) -> None:
 
 
 def _no_cache(model: Any) -> str:
-    return (
-        f"{type(model).__name__} returns no past_key_values, so its state cannot be carried; use a model with a cache"
-    )
+    return f"{type(model).__name__} returns no cache, so its state cannot be carried; use a model with a cache"
 
 
 def _bucket(position: Tensor) -> Tensor:

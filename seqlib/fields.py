@@ -28,7 +28,7 @@ def from_fields(cls: type[T], values: Mapping[str, Any], what: str) -> T:
         ConfigError: a field that does not exist, or a value of another type than declared. Integers are numbers, too;
             NaN is none.
     """
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
         close = difflib.get_close_matches(unknown[0], hints, n=1)

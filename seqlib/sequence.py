@@ -227,6 +227,12 @@ class StateList:
 
     states: list[State]
     seqlen: int = 0
+    inference: bool = dataclasses.field(default_factory=torch.is_inference_mode_enabled)
+    """Tensors of it were made under torch.inference_mode, outside of which nothing may write to them."""
+
+    def writable(self) -> StateList:
+        """These states, or a copy where the mode does not let `step` write to them or autograd save them."""
+        return self.clone() if self.inference and not torch.is_inference_mode_enabled() else self
 
     def __len__(self) -> int:
         return len(self.states)

@@ -46,3 +46,4 @@ def main(stack: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter

@@ -41,6 +41,20 @@ def tiny(stack: str, **changes: Any) -> SeqlibForCausalLM:
     return SeqlibForCausalLM(tiny_config(stack, initializer_range=0.5, **changes)).eval()
 
 
+def talker(stack: str, **changes: Any) -> SeqlibForCausalLM:
+    """A tiny language model that says what its history makes it say (tests/test_mutations.py).
+
+    The head is not tied, which would repeat the last token, and mixers add more to the stream than a fresh model's do.
+    """
+    model = tiny(stack, tie_word_embeddings=False, **changes)
+    with torch.no_grad():
+        for name, weight in model.model.backbone.named_parameters():
+            if name.endswith(("mixer.out_proj.weight", "mixer.o_proj.weight")):
+                weight.mul_(4)
+        model.lm_head.weight[[PAD, EOS]] = 0  # generate() would take what it said itself for padding
+    return model
+
+
 def prompt(*lengths: int) -> list[torch.Tensor]:
     """Random token ids without specials, one (1, length) tensor per length."""
     made = torch.Generator().manual_seed(sum(lengths))

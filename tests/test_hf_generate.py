@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
-from hf_models import PAD, STACKS, left_padded, prompt, tiny
+from hf_models import PAD, STACKS, left_padded, prompt, talker, tiny, tiny_config
 from transformers import DynamicCache, TextStreamer, pipeline
 
 from seqlib.errors import UnsupportedInput
-from seqlib.hf import ByteTokenizer, SeqlibCache, SeqlibForCausalLM
+from seqlib.hf import ByteTokenizer, SeqlibCache, SeqlibForCausalLM, SeqlibForSequenceClassification, SeqlibModel
+from seqlib.hf.names import CACHE, CACHE_NAMES, returned_cache
+from seqlib.hf.pair import SeqlibForPairClassification
 from seqlib.models import generation
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -19,7 +21,7 @@ stacks = pytest.mark.parametrize("stack", STACKS)
 
 @pytest.fixture(params=STACKS)
 def model(request) -> SeqlibForCausalLM:
-    return tiny(request.param)
+    return talker(request.param)
 
 
 def greedy(model: SeqlibForCausalLM, ids: torch.Tensor, new: int = 8, **kwargs) -> torch.Tensor:
@@ -36,12 +38,13 @@ def test_cached_generation_equals_recomputing_everything(model) -> None:
     assert torch.equal(greedy(model, ids, use_cache=False), expected)
 
 
-def test_left_padded_batch_equals_single(model) -> None:
+def test_left_padded_batch_equals_single_and_whole(model) -> None:
     prompts = prompt(3, 11, 7)
     ids, mask = left_padded(prompts)
-    together = greedy(model, ids, attention_mask=mask)
+    together = greedy(model, ids, 24, attention_mask=mask)
     for row, p in zip(together, prompts):
-        assert torch.equal(row[ids.shape[1] :], greedy(model, p)[0, p.shape[1] :])
+        assert torch.equal(row[ids.shape[1] :], greedy(model, p, 24)[0, p.shape[1] :])
+        assert torch.equal(row[ids.shape[1] :], greedy(model, p, 24, use_cache=False)[0, p.shape[1] :])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -82,14 +85,13 @@ def test_generation_goes_on_from_a_returned_cache(model) -> None:
     (ids,) = prompt(6)
     first = greedy(model, ids, 3, return_dict_in_generate=True)
     more = greedy(model, first.sequences, 4, past_key_values=copy.deepcopy(first.past_key_values))
-    assert torch.equal(more, greedy(model, ids, 7))
+    assert torch.equal(more, greedy(model, ids, 7, use_cache=False))
 
 
 def test_chunked_prefill(model) -> None:
     ids, mask = left_padded(prompt(3, 11))
-    assert torch.equal(
-        greedy(model, ids, attention_mask=mask, prefill_chunk_size=4), greedy(model, ids, attention_mask=mask)
-    )
+    chunked = greedy(model, ids, attention_mask=mask, prefill_chunk_size=4)
+    assert torch.equal(chunked, greedy(model, ids, attention_mask=mask, use_cache=False))
 
 
 def test_inputs_embeds_equal_ids(model) -> None:
@@ -111,12 +113,12 @@ def test_beam_search_equals_beam_search_without_cache(model) -> None:
 def test_sampling_draws_several_sequences_per_prompt(model) -> None:
     (ids,) = prompt(5)
     torch.manual_seed(0)
-    drawn = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=6, num_return_sequences=3, eos_token_id=None)
-    assert drawn.shape == (3, 11) and bool((drawn[:, :5] == ids).all())
+    drawn = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=16, num_return_sequences=3, eos_token_id=None)
+    assert drawn.shape == (3, 21) and bool((drawn[:, :5] == ids).all())
     assert len({tuple(row.tolist()) for row in drawn}) > 1
     torch.manual_seed(0)
     again = model.generate(
-        ids, do_sample=True, top_k=0, max_new_tokens=6, num_return_sequences=3, eos_token_id=None, use_cache=False
+        ids, do_sample=True, top_k=0, max_new_tokens=16, num_return_sequences=3, eos_token_id=None, use_cache=False
     )
     assert torch.equal(drawn, again)
 
@@ -229,3 +231,64 @@ def test_masks_by_layer_type_and_static_caches_are_taken(model) -> None:
     assert torch.equal(
         greedy(model, ids, attention_mask=mask, cache_implementation="static"), greedy(model, ids, attention_mask=mask)
     )
+
+
+def test_the_cache_has_two_names_of_which_one_is_given(model) -> None:
+    (ids,) = prompt(9)
+    whole = model(ids).logits
+    for name in CACHE_NAMES:
+        before = returned_cache(model(ids[:, :5], use_cache=True))
+        torch.testing.assert_close(model(ids[:, 5:], **{name: before}).logits, whole[:, 5:], **CLOSE)
+    with pytest.raises(UnsupportedInput, match="two names of one argument"):
+        model(ids, cache=SeqlibCache(), past_key_values=SeqlibCache())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ({"attention_maks": 1}, "attention_mask"),
+        ({"cu_seqlens": 1}, "cu_seq_lens_q"),
+        ({"label": 1}, "labels"),
+        ({"past_key_value": None}, "past_key_values"),
+        ({"output_hidden_state": True}, "output_hidden_states"),
+        ({"seqidx": 1}, "seq_idx"),
+    ],
+)
+def test_an_argument_that_nobody_knows_is_refused_with_the_nearest(wrong: dict, meant: str) -> None:
+    """In every forward, instead of results without it."""
+    ids = torch.ones(1, 2, 4, dtype=torch.long)
+    for cls in (SeqlibForCausalLM, SeqlibModel, SeqlibForSequenceClassification, SeqlibForPairClassification):
+        model = cls(tiny_config("mamba"))
+        with pytest.raises(UnsupportedInput, match=f"{cls.__name__} has no argument {next(iter(wrong))!r}") as error:
+            model(ids if cls is SeqlibForPairClassification else ids[0], **wrong)
+        assert meant == "labels" or cls is SeqlibForPairClassification or f"did you mean {meant!r}" in str(error.value)
+    with pytest.raises(UnsupportedInput, match="nothing for output_attentions=True"):
+        SeqlibModel(tiny_config("mamba"))(ids[0], output_attentions=True)
+
+
+def test_what_transformers_passes_to_any_model_is_let_through() -> None:
+    model, (ids,) = tiny("mamba"), prompt(5)
+    flat = {"cu_seq_lens_q": torch.tensor([0, 5]), "cu_seq_lens_k": torch.tensor([0, 5]), "max_length_q": 5}
+    passed = {"output_attentions": False, "return_dict": True, "num_items_in_batch": 4, "max_length_k": 5, **flat}
+    assert torch.equal(model(ids, **passed).logits, model(ids).logits)
+
+
+def test_a_prefix_read_in_inference_mode_goes_on_outside(model) -> None:
+    (ids,) = prompt(9)
+    whole = model(ids).logits
+    for grad in (False, True):
+        with torch.inference_mode():
+            cache = returned_cache(model(ids[:, :4], use_cache=True))
+            model(ids[:, 4:5], cache=cache)
+        with torch.set_grad_enabled(grad):
+            one = model(ids[:, 5:6], cache=cache).logits
+            rest = model(ids[:, 6:], cache=cache).logits
+        torch.testing.assert_close(torch.cat([one, rest], 1), whole[:, 5:], **CLOSE)
+
+
+def test_speculation_goes_on_from_a_cache_without_reading_it_twice(model) -> None:
+    (ids,) = prompt(9)
+    cache = returned_cache(model(ids[:, :-1], use_cache=True))
+    cache.activate_past_recording()
+    said = greedy(model, ids, 12, prompt_lookup_num_tokens=3, **{CACHE: cache})
+    assert torch.equal(said, greedy(model, ids, 12, use_cache=False))

@@ -115,6 +115,20 @@ def test_gradient_checkpointing_changes_nothing(model, reentrant: bool) -> None:
         torch.testing.assert_close(got[name], gradient, **CLOSE)
 
 
+def test_every_nth_layer_is_checkpointed(model) -> None:
+    (ids,) = prompt(9)
+    model.train()
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        pytest.skip("this transformers checkpoints every layer")
+    enable(every_n_layers=2)
+    calls = []
+    for i, layer in enumerate(model.model.backbone.layers):
+        layer.mixer.register_forward_pre_hook(lambda *a, i=i: calls.append(i))
+    model(ids, labels=ids).loss.backward()
+    assert [calls.count(i) for i in range(model.config.n_layer)] == [2, 1, 2][: model.config.n_layer]
+
+
 def test_resized_embeddings_stay_tied(model) -> None:
     (ids,) = prompt(6)
     before = model(ids).logits

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from seqlib.errors import CheckpointMismatch, ConfigError, CorpusError, SeqlibError, UnsupportedInput
 from seqlib.hf import ByteTokenizer
+from seqlib.hf.names import CACHE
 from seqlib.hf.runs import override, read_metrics
 from seqlib.lm import cli
 from seqlib.lm import demo as demonstration
@@ -142,13 +143,13 @@ def test_models_of_transformers_are_evaluated_exactly_or_refused(tmp_path: Path)
     forward = llama.forward
 
     def forgets(**inputs):
-        return forward(**(inputs | {"past_key_values": None}))
+        return forward(**(inputs | {CACHE: None}))
 
     llama.forward = forgets
     with pytest.raises(UnsupportedInput, match="does not continue a sequence exactly"):
         evaluate(llama, tokens)
     llama.forward = lambda **inputs: SimpleNamespace(logits=forward(**inputs).logits)
-    with pytest.raises(UnsupportedInput, match="returns no past_key_values"):
+    with pytest.raises(UnsupportedInput, match="returns no cache"):
         evaluate(llama, tokens)
 
 

@@ -65,6 +65,11 @@ class SeqlibCache(DynamicCache):
         return False
 
     @property
+    def is_linear(self) -> list[bool]:
+        # Whatever the layers are, this cache counts its positions: a prompt with a prefix in it is cut behind that.
+        return [False] * max(1, len(self))
+
+    @property
     def is_croppable(self) -> bool:
         return True
 

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
 from seqlib.errors import ConfigError
+from seqlib.hf.names import CACHE_NAMES
 from seqlib.mixers import MIXERS
 from seqlib.models.config import BackboneConfig
 
@@ -58,7 +59,7 @@ class SeqlibConfig(PretrainedConfig):
     model_type = "seqlib"
     on_use: ClassVar[Callable[[], None]] = lambda: None
     """Called when a config is made; `hf.registration` puts something there."""
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = list(CACHE_NAMES)
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embed_tokens": "free_full_weight",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -26,6 +27,7 @@ from seqlib.hf.card import Card
 from seqlib.hf.configuration import SeqlibConfig
 from seqlib.hf.inputs import padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
+from seqlib.hf.names import CACHE, CACHE_NAMES, given_cache, output, refuse_unknown, returned_cache
 from seqlib.hf.rollback import Span
 from seqlib.layers.init import normal_
 from seqlib.layers.linear import Linear
@@ -50,7 +52,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - instance attributes of the base class
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _can_record_outputs = {"hidden_states": Block}  # noqa: RUF012
     card: Card | None = None
     """What the model card says beside the config; set it before saving or pushing."""
@@ -82,6 +84,14 @@ class SeqlibPreTrainedModel(PreTrainedModel):
         known = HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token"))
         self._write_card(Path(working_dir), replace=self.card is not None or not known)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        for module in self.modules():
+            if isinstance(module, Backbone):
+                module.gradient_checkpointing, module.checkpoint_every = enable, every_n_layers
+                module._gradient_checkpointing_func = gradient_checkpointing_func
 
     def init_weights(self) -> None:
         self.tie_weights()  # every part has initialised itself in its constructor
@@ -137,6 +147,7 @@ class SeqlibModel(SeqlibPreTrainedModel):
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: SeqlibCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a span of tokens.
@@ -144,10 +155,17 @@ class SeqlibModel(SeqlibPreTrainedModel):
         Args:
             input_ids: (batch, seqlen) int64; or inputs_embeds: (batch, seqlen, d_model).
             attention_mask: (batch, seqlen) or (batch, seen + seqlen), 0 at padding on either side.
-            past_key_values: what came before; brought up to date in place. Any number of tokens may follow.
+            cache: what came before; brought up to date in place. Any number of tokens may follow. `past_key_values` is
+                its older name.
             use_cache: return a cache; None: config.use_cache when not training.
             position_ids, seq_idx, cu_seq_lens_q: where documents of packed rows start, see `hf.inputs.sequence_info`.
+            output_hidden_states, return_dict: as in transformers.
+
+        Raises:
+            UnsupportedInput: an argument that nobody knows, or inputs that do not fit together.
         """
+        refuse_unknown(self, kwargs)
+        past_key_values = given_cache(cache, past_key_values)
         outputs = self._hidden_states(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, cu_seq_lens_q,
             **kwargs,
@@ -175,7 +193,7 @@ class SeqlibModel(SeqlibPreTrainedModel):
             raise UnsupportedInput("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None and not isinstance(past_key_values, SeqlibCache):
             raise UnsupportedInput(
-                f"past_key_values must be a seqlib.hf.SeqlibCache, got {type(past_key_values).__name__}; "
+                f"the cache must be a seqlib.hf.SeqlibCache, got {type(past_key_values).__name__}; "
                 "pass SeqlibCache(), or what an earlier call returned"
             )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -202,7 +220,7 @@ class SeqlibModel(SeqlibPreTrainedModel):
             hidden, _ = self.backbone(x, None, seq, depth)
         else:
             hidden = self._advance(cache, Span(x, seq), depth, bool(recorded))
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
+        return output(BaseModelOutputWithPast, last_hidden_state=hidden, cache=cache if use_cache else None)
 
     def _advance(self, cache: SeqlibCache, new: Span, depth: int, recorded: bool) -> Tensor:
         """Hidden states of a span that follows the cache, which then stands behind it."""
@@ -258,6 +276,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
+        cache: SeqlibCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and with labels their loss. Arguments as for `SeqlibModel.forward`, and:
@@ -273,10 +292,12 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
                 devices), in place of `labels`; logits are then always made.
             num_items_in_batch: what the summed loss is divided by; None: the number of scored tokens.
         """
+        past_key_values = given_cache(cache, past_key_values)
         num_items = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop(
             "shift_labels", None
         )  # Trainer takes every argument named so for a column of its data
+        refuse_unknown(self, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -298,11 +319,35 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             if labels is not None or shift_labels is not None:
                 options = {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items}
                 loss = self.loss_function(logits=logits, labels=labels, shift_labels=shift_labels, **options)
-        return CausalLMOutputWithPast(
+        return output(
+            CausalLMOutputWithPast,
             loss=loss,
             logits=logits if return_logits else None,
-            past_key_values=outputs.past_key_values,
+            cache=returned_cache(outputs),
             hidden_states=outputs.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        attention_mask: Any = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers, whose speculative decoding passes a prefix that the cache holds once more."""
+        seen = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
+        whole = attention_mask is None or attention_mask.shape[-1] == input_ids.shape[1]
+        if next_sequence_length is None and is_first_iteration and whole and 0 < seen < input_ids.shape[1]:
+            next_sequence_length = input_ids.shape[1] - seen
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
 
     def _prepare_cache_for_generation(  # type: ignore[override] # it returns nothing, whatever its annotation says
@@ -314,7 +359,10 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> None:
         """Give `generate` our cache, with key-value states allocated once for the longest sequence."""
-        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+        given = model_kwargs.get(CACHE)
+        if given is not None:
+            given._is_user_defined = True  # so that it is returned up to date
+        if generation_config.use_cache is False or given is not None:
             return
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic", "static"):
@@ -325,7 +373,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         cache = SeqlibCache(max_seqlen=max_cache_length)
         if generation_config.is_assistant:
             cache.activate_past_recording()  # the other model will take drafts back
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE] = cache
 
 
 def _after_tokens(labels: Tensor, attention_mask: Any) -> Tensor:
@@ -358,6 +406,7 @@ class SeqlibForSequenceClassification(SeqlibPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: SeqlibCache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Label logits (batch, num_labels), and with labels their loss.
@@ -369,6 +418,8 @@ class SeqlibForSequenceClassification(SeqlibPreTrainedModel):
         """
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = _without_outer(input_ids, self.config.pad_token_id)
+        refuse_unknown(self, kwargs)
+        past_key_values = given_cache(cache, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -384,10 +435,11 @@ class SeqlibForSequenceClassification(SeqlibPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
+        return output(
+            SequenceClassifierOutputWithPast,
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=returned_cache(outputs),
             hidden_states=outputs.hidden_states,
         )
 

@@ -15,6 +15,7 @@ from seqlib.errors import UnsupportedInput
 from seqlib.hf.configuration import SeqlibConfig
 from seqlib.hf.inputs import padding_mask
 from seqlib.hf.modeling import SeqlibModel, SeqlibPreTrainedModel
+from seqlib.hf.names import refuse_unknown
 from seqlib.layers.init import linear_
 from seqlib.models.heads import pool
 
@@ -79,6 +80,7 @@ class SeqlibForPairClassification(SeqlibPreTrainedModel):
         """
         if input_ids.dim() != 3 or input_ids.shape[1] != 2:
             raise UnsupportedInput(f"input_ids must have shape (batch, 2, seqlen), got {tuple(input_ids.shape)}")
+        refuse_unknown(self, kwargs)
         batch, _, seqlen = input_ids.shape
         mask = None if attention_mask is None else attention_mask.reshape(2 * batch, seqlen)
         outputs = self.model(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.hf.names import given_cache
 from seqlib.layers.linear import takes_few_rows
 from seqlib.layers.norm import unit_length
 from seqlib.mixers.base import wide
@@ -246,20 +247,22 @@ def lightning(original: Function) -> Function:
         hidden_states: Tensor,
         position_embeddings: Any,
         attention_mask: Tensor | None,
+        cache: Any = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
+        cache = given_cache(cache, past_key_values)
         if not _here(hidden_states):
-            return original(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return original(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         qkv = self.act_fn(self.qkv_proj(hidden_states))
         if attention_mask is not None:
             qkv = qkv * attention_mask[..., None].to(qkv.dtype)
         q, k, v = qkv.unflatten(-1, (self.num_attention_heads, -1)).chunk(3, -1)
-        before = None if past_key_values is None else past_key_values.get_linear_cache(self.layer_idx)
+        before = None if cache is None else cache.get_linear_cache(self.layer_idx)
         y, state = linear_attention(q, k, v, -self.slope_rate.flatten(), initial_state=before)
         y = torch.sigmoid(self.output_gate(hidden_states)) * self.norm(y.flatten(2))
-        if past_key_values is not None:
-            past_key_values.set_linear_cache(self.layer_idx, state)
+        if cache is not None:
+            cache.set_linear_cache(self.layer_idx, state)
         return self.out_proj(y), state
 
     return forward

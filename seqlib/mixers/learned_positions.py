@@ -63,17 +63,22 @@ class LearnedPositions(Mixer[LearnedPositionsConfig]):
         self.check(x, seq)
         length = None if state is None else state.length
         at = positions(x, length, seq)
-        if int(at.max()) >= self.config.max_seqlen:
-            raise UnsupportedInput(
-                f"learned_positions has {self.config.max_seqlen} positions, got a document of {int(at.max()) + 1}; "
-                "raise max_seqlen or cut"
-            )
+        self._refuse_beyond(at)
         y = self.P[at].expand_as(x)
         if seq is not None and seq.padding_mask is not None:
             y = y * seq.padding_mask[..., None]
         return y, PositionState(advance(x, length, seq))
 
+    def _refuse_beyond(self, at: Tensor) -> None:
+        most = int(at.max()) + 1
+        if most > self.config.max_seqlen:
+            raise UnsupportedInput(
+                f"learned_positions has {self.config.max_seqlen} positions, got a document of {most}; raise max_seqlen "
+                "or cut"
+            )
+
     def step(self, x: Tensor, state: PositionState) -> tuple[Tensor, PositionState]:
+        self._refuse_beyond(state.length)
         y = self.P[state.length]
         state.length += 1
         return y, state

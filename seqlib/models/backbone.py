@@ -42,8 +42,8 @@ class Backbone(nn.Module):
             self.asides = nn.ModuleList(Aside(config.aside, *shape) for _ in range(config.aside.copies))
             users = [i for i in range(config.n_layer) if config.block(i).aside]
             self._users = {layer: n % config.aside.copies for n, layer in enumerate(users)}
-        # The names that transformers' gradient_checkpointing_enable() looks for and sets.
         self.gradient_checkpointing = False
+        self.checkpoint_every = 1  # of so many layers, one is computed again in the backward pass
         self._gradient_checkpointing_func = _checkpoint
 
     def forward(
@@ -54,6 +54,7 @@ class Backbone(nn.Module):
         `depth` exits early, from the first `depth` layers to the final norm; the state then has as many layers.
         """
         layers = self._first(depth)
+        state = None if state is None else state.writable()
         if state is not None and len(state) != len(layers):
             raise UnsupportedInput(f"state has {len(state)} layers, the model {len(layers)}")
         if self.config.residual_in_fp32:
@@ -63,7 +64,7 @@ class Backbone(nn.Module):
         first = x
         for i, layer in enumerate(layers):
             before = None if state is None else state[i]
-            if remember:
+            if remember and i % self.checkpoint_every == 0:
                 x, after = self._gradient_checkpointing_func(layer.__call__, x, before, seq, *self._aside(i, first))
             else:
                 x, after = layer(x, before, seq, *self._aside(i, first))
@@ -74,6 +75,8 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: StateList, depth: int | None = None) -> tuple[Tensor, StateList]:
         """One position, x: (batch, d_model). Writes into `state` and returns it."""
+        state = state.writable()
+        state.inference = torch.is_inference_mode_enabled()
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         first = x
