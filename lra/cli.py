@@ -1,17 +1,37 @@
-"""The command line: seqlib-lra prepare | train | compare | evaluate | suite | speed | throughput | table."""
+"""The command line: seqlib-lra tasks | recipes | prepare | train | compare | evaluate | suite | table | speed | ..."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from seqlib.errors import ConfigError, SeqlibError
+
+from .arguments import (
+    AnySize,
+    Cache,
+    Data,
+    Generate,
+    JsonFile,
+    Processes,
+    Protocol,
+    Seed,
+    Settings,
+    for_output,
+    generated_with,
+    given,
+    refuse,
+    refuse_for_training,
+)  # fmt: skip
 
 __all__ = ["main"]
 
@@ -23,27 +43,38 @@ app = typer.Typer(
 )
 
 
-def _for_writing(path: Path | None) -> Path | None:
-    from seqlib.hf.runs import for_writing
+@app.command()
+def tasks(
+    task: Annotated[str | None, typer.Argument(help="Show the options and sources of this one.")] = None,
+) -> None:
+    """List the tasks, what they ask, where their examples come from and which recipes they have."""
+    from .recipes import check_task
+    from .tables import task_lines, tasks_table
 
-    return for_writing(path)
+    if task is None:
+        Console().print(tasks_table())
+        return
+    check_task(task)
+    print("\n".join(task_lines(task)))
 
 
-JsonFile = Annotated[Path | None, typer.Option("--json", callback=_for_writing, help="Write the figures here.")]
-Data = Annotated[Path | None, typer.Option(help="Folder or archive that holds the data of the task.")]
-Generate = Annotated[bool, typer.Option("--generate", help="Make the examples here (listops, pathfinder).")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, changes an option or a field of the recipe.")
-]
-Protocol = Annotated[str, typer.Option(help="seqlib, lra, s4 or nys: how data is cut, split and read.")]
-AnySize = Annotated[bool, typer.Option("--any-size", help="Accept splits of other sizes than the published ones.")]
-Cache = Annotated[Path | None, typer.Option(help="Folder of prepared data; default: the cache of `datasets`.")]
-Processes = Annotated[int, typer.Option(min=1, help="Processes that generate images.")]
-Seed = Annotated[int, typer.Option(help="Seed of generated data.")]
+@app.command()
+def recipes(
+    task: Annotated[str | None, typer.Argument(help="Show the recipes of this task.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="Show every field of this one.")] = None,
+) -> None:
+    """List the recipes, or every field of one with its value."""
+    from .recipes import check_task, find_recipe
+    from .tables import recipe_table, recipes_table
+
+    if task is not None:
+        check_task(task)
+    Console().print(recipes_table(task) if task is None or recipe is None else recipe_table(find_recipe(recipe, task)))
 
 
 @app.command()
 def prepare(
+    context: typer.Context,
     task: Annotated[str, typer.Argument(help="listops, text, retrieval, image, pathfinder, pathx or pathfinder256.")],
     data: Data = None,
     generate: Generate = False,
@@ -55,14 +86,26 @@ def prepare(
     processes: Processes = 2,
 ) -> None:
     """Read or make the examples of a task, check them, cache them, and show the trivial answers."""
+    from . import prepare as preparing
+    from .tables import baselines_table, examples_table
+
     console = Console()
-    found = _prepared(task, data, generate, settings, protocol, seed, any_size, cache, processes)
+    if generate:
+        refuse(context, ["data", "any_size"], "--generate makes the examples here")
+    else:
+        refuse(context, ["settings", "seed"], "these options change what --generate makes")
+    with _interruptible("nothing was kept; give the same command again"):
+        found = preparing.prepare(
+            task, protocol, data=data, generate=generated_with(settings) if generate else None, seed=seed,
+            any_size=any_size, cache=cache, processes=processes,
+        )  # fmt: skip
     console.print(examples_table(found))
     console.print(baselines_table(found.task.baselines(found.splits)))
 
 
 @app.command()
 def train(
+    context: typer.Context,
     task: Annotated[str | None, typer.Argument(help="A task of Long Range Arena or of the synthetic suite.")] = None,
     recipe: Annotated[str, typer.Option(help="Name of a recipe.")] = "small",
     mixer: Annotated[
@@ -80,37 +123,40 @@ def train(
 ) -> None:
     """Train a recipe with one or more seeds, or continue what was interrupted."""
     from . import seeds as training
-    from .train import DataSource
+    from .data import DataSource
+    from .folder import open_plan, write_plan
+    from .tables import summary_table
 
     console = Console()
     if resume is not None:
-        if task or output or settings or data:
-            raise ConfigError("--resume takes everything from the folder; leave out task, --output, --set and --data")
-        chosen, source, count = training.open_plan(resume)
+        refuse(context, given(context).keys() - {"resume"}, "--resume takes everything from the folder")
+        chosen, source, count = open_plan(resume)
         folder = resume
     else:
         if task is None or output is None:
             raise ConfigError("say what to train and where it goes: seqlib-lra train TASK --output FOLDER")
         chosen = training.configure(recipe, task, settings or [], mixer, protocol)
+        refuse_for_training(context, task, settings or [], data)
+        if data is not None:
+            chosen = replace(chosen, data={})  # options of a generator that is not used
         source = DataSource(
             None if data is None else str(data), any_size, None if cache is None else str(cache), processes
-        )
+        ).absolute()
         count, folder = seeds, output
-        training.write_plan(folder, chosen, source, count)
-    summary = training.train_seeds(chosen, source, folder, range(count), console=console)
+        write_plan(folder, chosen, source, count)
+    with _interruptible(f"continue with: seqlib-lra train --resume {shlex.quote(str(folder))}"):
+        summary = training.train_seeds(chosen, source, folder, range(count), console=console)
     console.print(summary_table(summary))
     if chosen.note:
-        console.print(f"[dim]differs from the published recipe: {chosen.note}[/dim]")
-    console.print(f"{folder / 'summary.json'}; model, metrics and curve of each seed are beside it")
+        console.print(f"differs from the published recipe: {chosen.note}", style="dim", markup=False)
+    console.print(f"{folder / 'summary.json'}; model, metrics and curve of each seed are beside it", markup=False)
 
 
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Outputs of train with one recipe and different mixers.")],
     json_file: JsonFile = None,
-    chart: Annotated[
-        Path | None, typer.Option(callback=_for_writing, help="Draw them here: .png, .svg or .pdf.")
-    ] = None,
+    chart: Annotated[Path | None, typer.Option(callback=for_output, help="Draw them here: .png, .svg or .pdf.")] = None,
 ) -> None:
     """Put finished runs that differ only in their mixers side by side."""
     from .compare import compare_runs, plot_comparison, show_comparison
@@ -125,6 +171,7 @@ def compare(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Run folder, model folder or hub name.")],
     task: Annotated[str | None, typer.Option(help="Default: the task of the run.")] = None,
     data: Data = None,
@@ -139,8 +186,14 @@ def evaluate(
     """Accuracy with its interval, by class, speed, memory, and whether it depends on batching or padding."""
     from . import report
 
+    if generate:
+        refuse(context, ["data", "any_size"], "--generate makes the examples here")
+    else:
+        refuse(context, ["settings"], "--set changes what --generate makes")
+    if data is not None:
+        refuse(context, ["seed"], "--data names examples that are not generated")
     found = report.evaluate_model(
-        model, task, data=data, generate=_options(settings) if generate else None, protocol=protocol, seed=seed,
+        model, task, data=data, generate=generated_with(settings) if generate else None, protocol=protocol, seed=seed,
         any_size=any_size, cache=cache,
     )  # fmt: skip
     report.show_evaluation(found, Console())
@@ -167,7 +220,10 @@ def suite(
     """Rank mixers on recall and state tracking: accuracy, steps to 90 %, state size, longer sequences."""
     from .suite import run_suite
 
-    run_suite(tier, mixers=mixer, seeds=seeds, minutes=minutes, folder=output, console=Console(), processes=processes)
+    with _interruptible("finished runs are kept; give the same command again to go on"):
+        run_suite(
+            tier, mixers=mixer, seeds=seeds, minutes=minutes, folder=output, console=Console(), processes=processes
+        )
 
 
 @app.command()
@@ -202,8 +258,8 @@ def throughput(
 ) -> None:
     """Time reading, training and evaluating; generated tasks make a few hundred examples for it."""
     from . import seeds
+    from .data import DataSource
     from .throughput import measure
-    from .train import DataSource
 
     chosen = seeds.configure(recipe, task, settings or [], mixer, None)
     source = DataSource(None if data is None else str(data), any_size, None if cache is None else str(cache))
@@ -224,66 +280,14 @@ def table(
     show(runs or [], group, output, Console())
 
 
-def _options(settings: list[str] | None) -> dict[str, Any]:
-    options = {}
-    for setting in settings or []:
-        key, equals, text = setting.partition("=")
-        if not equals or not text.lstrip("-").isdigit():
-            raise ConfigError(f"--set takes NAME=NUMBER here, got {setting!r}")
-        options[key.strip()] = int(text)
-    return options
-
-
-def _prepared(
-    task: str, data: Path | None, generate: bool, settings: list[str] | None, protocol: str, seed: int, any_size: bool,
-    cache: Path | None, processes: int,
-) -> Any:  # fmt: skip
-    from . import prepare as preparing
-
-    if generate and data is not None:
-        raise ConfigError("give --data or --generate, not both")
-    if settings and not generate:
-        raise ConfigError("--set changes what is generated; add --generate")
-    return preparing.prepare(
-        task, protocol, data=data, generate=_options(settings) if generate else None, seed=seed, any_size=any_size,
-        cache=cache, processes=processes,
-    )  # fmt: skip
-
-
-def examples_table(found: Any) -> Table:
-    """Sizes, labels and lengths of the splits."""
-    shown = Table("split", "examples", "mean length", "longest", "labels (%)", title=found.task.title)
-    for split, facts in found.manifest["splits"].items():
-        shares = " ".join(f"{100 * n / facts['examples']:.1f}" for n in facts["labels"])
-        shown.add_row(
-            split, f"{facts['examples']:,}", f"{facts['mean_length']:,}", f"{facts['lengths']['1']:,}", shares
-        )
-    return shown
-
-
-def baselines_table(found: dict[str, float]) -> Table:
-    shown = Table("answers without a sequence model", "test accuracy (%)")
-    for name, value in found.items():
-        shown.add_row(name, f"{100 * value:.1f}")
-    return shown
-
-
-def summary_table(summary: dict[str, Any]) -> Table:
-    """Score over seeds and its gain over every trivial answer."""
-    mean, std = 100 * summary["mean"], summary["std"]
-    spread = f" ± {100 * std:.2f} ({len(summary['seeds'])} seeds)" if std is not None else ""
-    interval = summary["interval"]
-    if interval:
-        spread = f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f}, 95 %)"
-    shown = Table(
-        "", "test accuracy (%)", "gain", title=f"{summary['task']}, {summary['layer_pattern']} {summary['mixers']}"
-    )
-    shown.add_row("this model", f"{mean:.2f}{spread}", "")
-    for name, value in summary["baselines"].items():
-        shown.add_row(name, f"{100 * value:.1f}", f"{mean - 100 * value:+.1f}")
-    if summary["failed_seeds"]:
-        shown.caption = f"seeds that learnt nothing: {', '.join(map(str, summary['failed_seeds']))}"
-    return shown
+@contextlib.contextmanager
+def _interruptible(remedy: str) -> Iterator[None]:
+    """Turn Ctrl-C into a line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {remedy}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def main() -> None:
@@ -298,7 +302,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; training continues with `seqlib-lra train --resume FOLDER`", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -12,9 +12,8 @@ from rich.table import Table
 from seqlib.errors import ConfigError
 from seqlib.hf.runs import save_figure
 
+from .folder import open_plan, open_run
 from .leaderboard import own_rows
-from .seeds import open_plan
-from .train import open_run
 
 __all__ = ["compare_runs", "plot_comparison", "show_comparison"]
 
@@ -40,6 +39,11 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
         different = sorted(key for key, value in common.items() if recipe[key] != value)
         if different:
             raise ConfigError(f"{folder} was trained otherwise than {folders[0]}: it differs in {', '.join(different)}")
+    for folder, summary in zip(folders, summaries):
+        if summary["data"] != summaries[0]["data"]:
+            raise ConfigError(
+                f"{folder} and {folders[0]} were trained and scored on different examples; compare cannot rank them"
+            )
     kept = ("mixers", "layer_pattern", "seeds", "accuracies", "mean", "std", "interval", "steps", "seconds",
             "parameters", "state_bytes", "failed_seeds")  # fmt: skip
     rows = [{key: summary[key] for key in kept} for summary in summaries]

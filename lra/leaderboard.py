@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from seqlib.errors import ConfigError
 from seqlib.hf.runs import save_figure, write_aside
 
+from .data import reduced
+from .folder import open_run, read_json
 from .scores import COLUMNS, GROUPS, Row, rows
 
 __all__ = ["own_rows", "show"]
 
-_WIDTH = 140  # columns; narrower terminals wrap
+_WIDE = 140  # columns of the files, and of terminals that have them
 _TITLES = ("ListOps", "Text", "Retrieval", "Image", "Pathfinder", "Path-X")
 
 
@@ -34,23 +38,26 @@ def show(runs: Sequence[Path], group: str | None, output: Path | None, console: 
     groups = [group] if group else list(GROUPS)
     published = {name: rows(name) for name in groups}
     ours = own_rows(runs)
-    tables = [_table(name, published[name]) for name in groups]
-    own = _own_table(ours) if ours else None
-    for table in [*tables, *([own] if own else [])]:
-        console.print(table, width=_WIDTH, crop=False, soft_wrap=False)
+    _print(console, published, ours)
     if output is None:
         return
     output.mkdir(parents=True, exist_ok=True)
-    text = Console(file=io.StringIO(), width=_WIDTH)
-    for table in [*tables, *([own] if own else [])]:
-        text.print(table)
+    text = Console(file=io.StringIO(), width=_WIDE)
+    _print(text, published, ours)
     write_aside(output / "table.txt", text.file.getvalue())  # type: ignore[attr-defined]
     write_aside(output / "table.md", markdown(published, ours))
     plain = {name: [_plain(row) for row in part] for name, part in published.items()}
     values = {"groups": {name: GROUPS[name] for name in groups}, "published": plain, "ours": ours}
     write_aside(output / "table.json", json.dumps(values, indent=2) + "\n")
     plot(published, ours, output / "table.png")
-    console.print(f"written to {output}")
+    console.print(f"written to {output}", markup=False)
+
+
+def _print(console: Console, published: dict[str, list[Row]], ours: Sequence[dict[str, Any]]) -> None:
+    for name, part in published.items():
+        console.print(_table(name, part) if console.width >= _WIDE else _narrow_table(name, part))
+    if ours:
+        console.print(_own_table(ours))
 
 
 def own_rows(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -64,8 +71,16 @@ def own_rows(folders: Sequence[Path]) -> list[dict[str, Any]]:
         path = folder / "summary.json"
         if not path.is_file():
             raise ConfigError(f"{folder} has no summary.json; give folders that seqlib-lra train has finished")
-        found.append(json.loads(path.read_text()) | {"folder": folder.name})
+        summary = read_json(path, lambda values: {key: values[key] for key in ("task", "seeds")} | values)
+        if summary.get("reduced") is None:  # an early version did not say
+            summary["reduced"] = _reduced(folder, summary)
+        found.append(summary | {"folder": folder.name})
     return found
+
+
+def _reduced(folder: Path, summary: dict[str, Any]) -> str:
+    examples = open_run(folder / f"seed-{summary['seeds'][0]}")[2]["examples"]
+    return "" if examples is None else reduced(summary["task"], examples)
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -91,6 +106,9 @@ def _cells(row: Row) -> list[str]:
 _HEADER = ("model", *_TITLES, "average", "F as 50", "published", "source (?: unverified)")
 
 
+_SHORT = ("List", "Text", "Retr", "Image", "Path", "PathX", "avg", "F=50")
+
+
 def _table(name: str, part: Sequence[Row]) -> Table:
     table = Table(*_HEADER, box=box.SIMPLE_HEAD, title=f"{name}: {GROUPS[name]}")
     for row in part:
@@ -98,7 +116,22 @@ def _table(name: str, part: Sequence[Row]) -> Table:
     return table
 
 
-_OWN_HEADER = ("run", "task", "protocol", "mixers", "test accuracy", "seeds", "failed", "gain over best trivial answer")
+def _narrow_table(name: str, part: Sequence[Row]) -> Table:
+    """The same for 80 columns: short titles, sources by letter below."""
+    sources = list(dict.fromkeys(row.source for row in part))
+    letters = dict(zip(sources, string.ascii_lowercase))
+    table = Table(box=box.SIMPLE_HEAD, title=f"{name}: {GROUPS[name]}", padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in (*_SHORT, ""):
+        table.add_column(title, no_wrap=True, justify="right" if title else "left")
+    for row in part:
+        cells = _cells(row)
+        table.add_row(*cells[: 1 + len(_SHORT)], letters[row.source])
+    table.caption = "; ".join(f"{letter}: {source}" for source, letter in letters.items())
+    return table
+
+
+_OWN_HEADER = ("run", "task", "data", "mixers", "test accuracy", "seeds", "failed", "gain over best trivial answer")
 
 
 def _own_cells(row: dict[str, Any]) -> list[str]:
@@ -107,16 +140,30 @@ def _own_cells(row: dict[str, Any]) -> list[str]:
     trivial = [(k, v) for k, v in row["baselines"].items() if not k.startswith("lists to depth") or k.endswith(" 1")]
     best = max(trivial, key=lambda item: item[1], default=best)
     return [
-        f"{row['folder']} ({row['recipe']})", row["task"], row["protocol"] or "-",
+        f"{row['folder']} ({row['recipe']})", row["task"] + ("*" if row["reduced"] else ""), _data(row),
         ", ".join(str(m.get("kind")) for m in row["mixers"].values()), f"{100 * row['mean']:.2f}{spread}",
         str(len(row["seeds"])), str(len(row["failed_seeds"])), f"{100 * (row['mean'] - best[1]):+.1f} ({best[0]})",
     ]  # fmt: skip
 
 
+def _data(row: dict[str, Any]) -> str:
+    """Protocol and size of the examples of a run."""
+    if row["protocol"] is None:
+        return "made while training"
+    return f"{row['protocol']}, {'reduced: ' + row['reduced'] if row['reduced'] else 'as published'}"
+
+
+_REDUCED = "*: easier or smaller than the published data, so no rival of the published scores"
+
+
 def _own_table(ours: Sequence[dict[str, Any]]) -> Table:
-    table = Table(*_OWN_HEADER, box=box.SIMPLE_HEAD, title="our runs")
+    table = Table(box=box.SIMPLE_HEAD, title="our runs", padding=(0, 1, 0, 0), pad_edge=False)
+    for title in _OWN_HEADER:
+        table.add_column(title, overflow="fold", no_wrap=title in ("task", "test accuracy", "seeds", "failed"))
     for row in ours:
-        table.add_row(*_own_cells(row))
+        table.add_row(*map(escape, _own_cells(row)))
+    if any(row["reduced"] for row in ours):
+        table.caption = _REDUCED
     return table
 
 
@@ -129,11 +176,16 @@ def markdown(published: dict[str, list[Row]], ours: Sequence[dict[str, Any]]) ->
     if ours:
         lines = [_OWN_HEADER, ("---",) * len(_OWN_HEADER), *(_own_cells(row) for row in ours)]
         parts.append("### our runs\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+        if any(row["reduced"] for row in ours):
+            parts.append(_REDUCED.replace("*", r"\*", 1))
     return "\n\n".join(parts) + "\n"
 
 
 def plot(published: dict[str, list[Row]], ours: Sequence[dict[str, Any]], png: Path) -> None:
-    """A panel per task: published scores by group as dots, our runs as lines across with their deviation."""
+    """A panel per task: published scores by group as dots, our runs as lines across with their deviation.
+
+    Runs on reduced data are dashed and say so: they are no rivals of the dots.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 3.6), layout="constrained")
@@ -144,7 +196,8 @@ def plot(published: dict[str, list[Row]], ours: Sequence[dict[str, Any]], png: P
         for number, row in enumerate(own for own in ours if own["task"] == task):
             mean, std = 100 * row["mean"], 100 * (row["std"] or 0.0)
             kinds = ",".join(str(m.get("kind")) for m in row["mixers"].values())
-            panel.axhline(mean, color=f"C{3 + number}", label=f"{kinds} ({row['recipe']})")
+            style, mark = ("--", ", reduced data") if row["reduced"] else ("-", "")
+            panel.axhline(mean, color=f"C{3 + number}", linestyle=style, label=f"{kinds} ({row['recipe']}{mark})")
             panel.axhspan(mean - std, mean + std, color=f"C{3 + number}", alpha=0.2)
         if any(own["task"] == task for own in ours):
             panel.legend(fontsize=6)

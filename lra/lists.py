@@ -32,6 +32,7 @@ SYMBOLS = ("<pad>", *"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]")
 """Tokens by id."""
 _IDS = {symbol: i for i, symbol in enumerate(SYMBOLS)}
 _FIRST_OPERATOR, _CLOSE = _IDS["[MIN"], _IDS["]"]
+_LONGEST = 100_000  # symbols of a generated list
 _OPERATOR_P = 0.25  # the published generator names it the probability of a value; it is that of an operator
 
 
@@ -51,6 +52,8 @@ class Shape:
             raise ConfigError(
                 f"listops needs max_depth >= 2 and max_args >= 2, got {self.max_depth} and {self.max_args}"
             )
+        if self.max_length > _LONGEST:
+            raise ConfigError(f"listops: max_length is at most {_LONGEST:,}, got {self.max_length:,}")
         if not self.max_length - 1 >= 3 or not self.min_length + 1 < self.max_length:
             raise ConfigError(f"listops: no length lies between {self.min_length} and {self.max_length}")
 
@@ -73,8 +76,7 @@ def generate(n: int, shape: Shape | None = None, *, seed: int = 0) -> list[bytes
     found: dict[bytes, None] = {}
     since = 0  # draws since the last new list
     while len(found) < n:
-        tokens: list[int] = []
-        _draw(draw, 1, shape.max_depth, shape.max_args, shape.max_length, tokens)
+        tokens = _draw(draw, shape)
         before = len(found)
         if shape.min_length < len(tokens) < shape.max_length:
             found[bytes(tokens)] = None
@@ -86,19 +88,26 @@ def generate(n: int, shape: Shape | None = None, *, seed: int = 0) -> list[bytes
     return list(found)
 
 
-def _draw(draw: Any, depth: int, max_depth: int, max_args: int, limit: int, tokens: list[int]) -> None:
-    """Append a node; stops early once the list is too long anyway."""
-    if depth >= max_depth or draw() > _OPERATOR_P:
+def _draw(draw: Any, shape: Shape) -> list[int]:
+    """A list; stops early once it is too long anyway."""
+    tokens: list[int] = []
+    opened: list[list[int]] = []  # where each operator stands that is not closed, and the arguments it still lacks
+    while True:
+        if len(opened) + 1 < shape.max_depth and draw() <= _OPERATOR_P:
+            opened.append([len(tokens), 2 + int(draw() * (shape.max_args - 1))])
+            tokens.append(0)
+            continue
         tokens.append(1 + int(draw() * 10))
-        return
-    at = len(tokens)
-    tokens.append(0)
-    for _ in range(2 + int(draw() * (max_args - 1))):
-        _draw(draw, depth + 1, max_depth, max_args, limit, tokens)
-        if len(tokens) >= limit:
-            return
-    tokens[at] = _FIRST_OPERATOR + int(draw() * 4)
-    tokens.append(_CLOSE)
+        while opened:
+            if len(tokens) >= shape.max_length:
+                return tokens
+            opened[-1][1] -= 1
+            if opened[-1][1]:
+                break
+            tokens[opened.pop()[0]] = _FIRST_OPERATOR + int(draw() * 4)
+            tokens.append(_CLOSE)
+        else:
+            return tokens
 
 
 def evaluate(ids: Sequence[int] | NDArray[Any], depth: int | None = None, guesses: Sequence[int] = (0, 9, 4, 1)) -> int:
@@ -119,6 +128,8 @@ def evaluate(ids: Sequence[int] | NDArray[Any], depth: int | None = None, guesse
         elif token != _CLOSE:
             stack.append((token - _FIRST_OPERATOR, []))
         else:
+            if not stack:
+                raise CorpusError("a list is closed before it is opened")
             operator, values = stack.pop()
             value = _apply(operator, values) if values else guesses[operator]
             if not stack:
@@ -210,15 +221,22 @@ def read_tsv(path: Path, *, check: int = 200) -> Examples:
             )
         if target not in "0123456789" or len(target) != 1:
             raise CorpusError(f"{path}:{number}: the label must be a digit, got {target!r}")
-        if len(rows) < check and evaluate(ids) != int(target):
-            raise CorpusError(f"{path}:{number}: the list evaluates to {evaluate(ids)}, its label is {target}")
+        if len(rows) < check and (value := _value(path, number, ids)) != int(target):
+            raise CorpusError(f"{path}:{number}: the list evaluates to {value}, its label is {target}")
         rows.append(np.frombuffer(ids, np.uint8))
         labels.append(int(target))
     return Examples.pack(rows, labels, vocab_size=len(SYMBOLS))
 
 
+def _value(path: Path, number: int, ids: bytes) -> int:
+    try:
+        return evaluate(ids)
+    except CorpusError as error:
+        raise CorpusError(f"{path}:{number}: {error}") from error
+
+
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # what is no symbol is told with its line
         header = next(file, "").rstrip("\r\n")
         if header.split("\t") != ["Source", "Target"]:
             raise CorpusError(f"{path}:1: the header must be Source<TAB>Target, got {header[:80]!r}")

@@ -25,7 +25,8 @@ class Protocol:
     image_split: Literal["order", "torch-42", "seeded"]
     """Images for validation and test: the last ones, torch's random_split with seed 42, or our own permutation."""
     gray: Literal["truncated", "rounded"]
-    """CIFAR-10 to gray: 0.2989 R + 0.5870 G + 0.1140 B cut to an integer, or ITU-R 601 rounded."""
+    """CIFAR-10 to gray: 0.2989 R + 0.5870 G + 0.1140 B of 0 .. 1, times 255.5 and cut to an integer, as TensorFlow
+    does it, or ITU-R 601 rounded."""
     pooling: Literal["last", "mean"] = "mean"
     pair_head: Literal["concat", "nli"] = "nli"
 

@@ -13,11 +13,10 @@ from torch.utils.data import Dataset
 from seqlib.errors import ConfigError
 
 from . import synthetic
+from .options import Options, complete
 from .synthetic import Batch, for_causal_lm
 
-__all__ = ["RECALL", "RecallTask", "Stream", "get_recall", "make_batch"]
-
-Options = Mapping[str, Any]
+__all__ = ["RECALL", "RecallTask", "Stream", "full_options", "get_recall", "make_batch"]
 
 
 @dataclass(frozen=True)
@@ -83,19 +82,27 @@ def get_recall(name: str) -> RecallTask:
     return RECALL[name]
 
 
-def complete(task: RecallTask, options: Options) -> dict[str, Any]:
-    """The task's options with `options` put over the defaults; `mix` is a list of such changes for a curriculum."""
-    unknown = sorted(options.keys() - task.defaults.keys() - {"mix"})
-    if unknown:
-        raise ConfigError(f"{task.name} has no option {', '.join(unknown)}; known: {', '.join(task.defaults)}, mix")
-    return {**task.defaults, **options}
+def full_options(task: RecallTask, options: Options) -> dict[str, Any]:
+    """The task's options with `options` put over the defaults; `mix` is a list of such changes for a curriculum.
+
+    Raises:
+        ConfigError: an option that does not exist, or a value of another kind than its default.
+    """
+    plain = {key: value for key, value in options.items() if key != "mix"}
+    full = complete(task.name, task.defaults, plain)
+    mix = options.get("mix") or []
+    if not isinstance(mix, Sequence) or not all(isinstance(entry, Mapping) for entry in mix):
+        raise ConfigError(f"{task.name}: mix must be a list of objects with options, got {mix!r}")
+    for entry in mix:
+        complete(task.name, task.defaults, entry)
+    return full | {"mix": list(mix)}
 
 
 def make_batch(task: RecallTask, options: Options, seed: int, n: int, index: int = 0) -> Batch:
     """n examples. With `mix` in the options the entries take turns by `index`."""
-    full = complete(task, options)
-    mix: Sequence[Options] = full.pop("mix", None) or [{}]
-    full = complete(task, full | dict(mix[index % len(mix)]))
+    full = full_options(task, options)
+    mix: Sequence[Options] = full.pop("mix") or [{}]
+    full |= mix[index % len(mix)]
     return task.make(seed, n, full.pop("seqlen"), **full)
 
 

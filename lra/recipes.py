@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +14,16 @@ from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
 from seqlib.mixers import MIXERS, looks_ahead
 
+from .prepare import generator_options
 from .protocols import PROTOCOLS
 from .published import PUBLISHED
-from .recall import RECALL
+from .recall import RECALL, full_options
 from .tasks import TASKS
 
-__all__ = ["Recipe", "find_recipe", "layers_of", "recipe_names"]
+__all__ = ["Recipe", "check_task", "find_recipe", "layers_of", "recipe_names"]
 
 _GLU = {"gated": True}
+_FIELD: Any = object()  # the value of the field itself
 _SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
 
@@ -66,15 +70,21 @@ class Recipe:
     """Where the published recipe differs from what is run here."""
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS and self.task not in RECALL:
-            raise ConfigError(f"unknown task {self.task!r}; known: {', '.join([*TASKS, *RECALL])}")
+        check_task(self.task)
         if self.protocol not in PROTOCOLS:
             raise ConfigError(f"unknown protocol {self.protocol!r}; known: {', '.join(PROTOCOLS)}")
         for name in ("d_model", "n_layer", "batch_size", "accumulation", "steps", "log_every", "eval_examples"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "clip", "patience"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        self._check("learning_rate", self.learning_rate > 0, "positive")
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        self._check("learning_rate", 0 < self.learning_rate < math.inf, "positive")
+        self._check("beta2", 0 <= self.beta2 < 1, "from 0 to below 1")
+        self._check("enough", 0 < self.enough <= 1, "above 0 and at most 1")
+        self._check("seed", 0 <= self.seed < 1 << 32, f"from 0 to {(1 << 32) - 1:,}")
+        if self.task in RECALL:
+            full_options(RECALL[self.task], self.data)
+        elif self.data:
+            generator_options(TASKS[self.task], self.data)
         whole = self.eval_every >= 1 and self.eval_every % self.log_every == 0
         self._check("eval_every", whole, f"a multiple of log_every={self.log_every}")
         self._check("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}")
@@ -82,7 +92,10 @@ class Recipe:
         self._check("numbers", not self.numbers or self.task in images, f"False but for {', '.join(images)}")
         self._check("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         self._check("backend", self.backend in ("auto", *BACKENDS), f"one of auto, {', '.join(BACKENDS)}")
-        absent = sorted({str(m.get("kind")) for m in self.mixers.values()} - set(MIXERS))
+        for name, mixer in self.mixers.items():
+            right = isinstance(mixer, Mapping) and isinstance(mixer.get("kind"), str)
+            self._check(f"mixers.{name}", right, 'an object with a kind, like {"kind": "mamba"}', mixer)
+        absent = sorted({str(m["kind"]) for m in self.mixers.values()} - set(MIXERS))
         if absent:
             raise ConfigError(
                 f"recipe {self.name} needs the mixer {', '.join(absent)}, which this version does not have; "
@@ -95,9 +108,10 @@ class Recipe:
                 "use a causal mixer"
             )
 
-    def _check(self, name: str, right: bool, allowed: str) -> None:
+    def _check(self, name: str, right: bool, allowed: str, value: Any = _FIELD) -> None:
         if not right:
-            raise ConfigError(f"recipe {self.name}: {name} must be {allowed}, got {getattr(self, name)!r}")
+            value = getattr(self, name) if value is _FIELD else value
+            raise ConfigError(f"recipe {self.name}: {name} must be {allowed}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -171,11 +185,26 @@ convolutions never."""
 def layers_of(text: str) -> list[dict[str, Any]]:
     """Configs of the layers that take turns: "mamba", "gated_conv based", or one JSON object."""
     if not text.startswith("{"):
-        return [{"kind": kind} for kind in text.split()]
+        kinds = text.split()
+        if not kinds:
+            raise ConfigError(f"--mixer names no kind; known: {', '.join(MIXERS)}")
+        return [{"kind": kind} for kind in kinds]
     try:
-        return [json.loads(text)]
-    except json.JSONDecodeError as error:
+        found = json.loads(text)
+    except ValueError as error:
         raise ConfigError(f"--mixer is no JSON object ({error}): {text}") from error
+    if not isinstance(found.get("kind"), str):
+        raise ConfigError(f'--mixer needs a kind, like {{"kind": "mamba"}}, got {text}')
+    return [found]
+
+
+def check_task(name: str) -> None:
+    """Raise ConfigError unless there is such a task."""
+    if name not in TASKS and name not in RECALL:
+        known = [*TASKS, *RECALL]
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"unknown task {name!r}; {hint}known: {', '.join(known)}")
 
 
 def recipe_names(task: str) -> list[str]:
@@ -190,8 +219,7 @@ def find_recipe(name: str, task: str) -> Recipe:
         ConfigError: there is none, or it needs a mixer that this version lacks.
     """
     known = _OWN | PUBLISHED
-    if task not in TASKS and task not in RECALL:
-        raise ConfigError(f"unknown task {task!r}; known: {', '.join([*TASKS, *RECALL])}")
+    check_task(task)
     if name not in known or task not in known[name]:
         raise ConfigError(f"there is no recipe {name!r} for {task}; known: {', '.join(recipe_names(task))}")
     return Recipe(name=name, task=task, **known[name][task])

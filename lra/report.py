@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from seqlib.errors import ConfigError
+from seqlib.errors import ConfigError, SeqlibError
 from seqlib.hf import SeqlibForCausalLM, SeqlibForPairClassification, SeqlibForSequenceClassification
 
+from .data import reduced
 from .evaluate import gains, invariance, peak_memory, score_examples, score_recall
+from .folder import check_same_data, open_run
 from .prepare import prepare
-from .recall import RECALL, get_recall, make_batch
+from .recall import RECALL, full_options, get_recall, make_batch
 from .tasks import TASKS
-from .train import check_length, open_run
+from .train import check_length
 
 __all__ = ["evaluate_model", "load_model", "show_evaluation"]
 
@@ -26,13 +30,40 @@ _EXAMPLES = 2000
 
 def load_model(name: str) -> Any:
     """A model that was trained here, of whichever class it was saved as."""
-    folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)
+    where = _model_folder(Path(name)) if Path(name).exists() else _hub_name(name)
     classes = {c.__name__: c for c in (SeqlibForCausalLM, SeqlibForSequenceClassification, SeqlibForPairClassification)}
-    config = AutoConfig.from_pretrained(folder if folder.exists() else name)
-    found = [classes[a] for a in getattr(config, "architectures", None) or () if a in classes]
-    if not found:
-        raise ConfigError(f"{name} holds {config.architectures}, not one of {', '.join(classes)}")
-    return found[0].from_pretrained(folder if folder.exists() else name).eval()
+    try:
+        config = AutoConfig.from_pretrained(where)
+        architectures = getattr(config, "architectures", None) or ()
+        found = [classes[a] for a in architectures if a in classes]
+        if found:
+            return found[0].from_pretrained(where).eval()
+    except (ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, SeqlibError):
+            raise
+        raise ConfigError(f"the model in {name} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    raise ConfigError(f"{name} holds {', '.join(architectures) or 'no model'}, not one of {', '.join(classes)}")
+
+
+def _model_folder(folder: Path) -> Path:
+    """Where the config of a run or model folder is."""
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    if (folder / "config.json").is_file():
+        return folder
+    seeds = sorted(path.parent.name for path in folder.glob("seed-*/model"))
+    if seeds:
+        raise ConfigError(f"{folder} holds one model per seed; give one of them: {folder / seeds[0]}")
+    if (folder / "recipe.json").is_file() or (folder / "plan.json").is_file():
+        raise ConfigError(f"{folder} is a run without a model: it is not finished; continue its training with --resume")
+    raise ConfigError(f"{folder} holds no model (no config.json); give a run folder, a model folder or a hub name")
+
+
+def _hub_name(name: str) -> str:
+    """A name that a hub could have, so that a mistyped folder is told at once."""
+    if name.count("/") != 1 or not all(part.strip(".~") for part in name.split("/")):
+        raise ConfigError(f"{name} does not exist; give a run folder, a model folder or a hub name OWNER/NAME")
+    return name
 
 
 def evaluate_model(
@@ -49,7 +80,8 @@ def evaluate_model(
     """Score a model on the test examples of a task.
 
     Args:
-        task, protocol, data: default to those of the run, where `name` is a run folder.
+        task, protocol, data: default to those of the run, where `name` is a run folder; its examples must then be
+            those that it was trained with.
         generate: options with which to make other examples than those of the run, e.g. longer ones.
 
     Raises:
@@ -57,12 +89,15 @@ def evaluate_model(
     """
     run = open_run(Path(name)) if (Path(name) / "recipe.json").is_file() else None
     model = load_model(name)
+    own_examples = None  # what the run's recipe.json says, where they are to be scored again
     if run is not None:
-        recipe, source, _ = run
+        recipe, source, told = run
         same_task = task in (None, recipe.task)
+        own = same_task and data is None and generate is None and seed == 0 and protocol in (None, recipe.protocol)
+        own_examples = told if own and told.get("examples") else None
         task, protocol = task or recipe.task, protocol or recipe.protocol
-        if same_task and data is None and source.folder is not None:
-            data, any_size = Path(source.folder), source.any_size
+        if same_task and data is None and generate is None and source.folder is not None:
+            data, any_size = _recorded(name, source.folder), source.any_size
         if same_task and data is None:
             generate = {**recipe.data, **(generate or {})}
         cache = cache or (None if source.cache is None else Path(source.cache))
@@ -80,6 +115,8 @@ def evaluate_model(
         task, protocol or "seqlib", data=data, generate=generate if generates else None, seed=seed, any_size=any_size,
         cache=cache,
     )  # fmt: skip
+    if own_examples is not None:
+        check_same_data(Path(name), own_examples, found.manifest, "name the data to score it on with --data")
     has, needs = (model.config.vocab_size, model.config.num_labels), (found.vocab_size, found.task.classes)
     if has[0] < needs[0] or has[1] != needs[1]:
         raise ConfigError(f"{name} has {has[0]} ids and {has[1]} classes; {task} here needs {needs[0]} and {needs[1]}")
@@ -88,16 +125,33 @@ def evaluate_model(
     score = score_examples(model, test, found.pad)
     baselines = found.task.baselines(found.splits)
     return {
-        "model": name, "task": task, "protocol": protocol or "seqlib", **score.to_dict(), "baselines": baselines,
+        "model": name, "task": task, "protocol": protocol or "seqlib", "examples": _where(found.manifest),
+        "reduced": reduced(task, found.manifest), **score.to_dict(), "baselines": baselines,
         "gains": gains(score.accuracy, baselines), "invariance": invariance(model, test, found.pad),
         "memory": peak_memory(), "state_bytes": model.model.backbone.state_bytes(1, found.seqlen),
         "seqlen": found.seqlen,
     }  # fmt: skip
 
 
+def _recorded(name: str, folder: str) -> Path:
+    """The folder of data that a run names; early versions wrote it as it was given, from wherever they were started."""
+    if not Path(folder).is_absolute():
+        raise ConfigError(
+            f"{name} was trained on {folder}, seen from a folder that it does not name; give --data FOLDER"
+        )
+    return Path(folder)
+
+
+def _where(manifest: Mapping[str, Any]) -> str:
+    """Where examples come from, for people."""
+    if "generated" in manifest:
+        return f"generated with seed {manifest['seed']}"
+    return str(manifest.get("data") or f"the data set {manifest.get('hub')}")
+
+
 def _evaluate_recall(model: Any, name: str, task: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
     spec = get_recall(task)
-    full = {**spec.defaults, **options}
+    full = full_options(spec, options)
     if not isinstance(model, SeqlibForCausalLM) or model.config.vocab_size < spec.vocab_size(full):
         raise ConfigError(
             f"{name} is a {type(model).__name__} of {model.config.vocab_size} ids; {task} needs a SeqlibForCausalLM of "
@@ -115,10 +169,13 @@ def _evaluate_recall(model: Any, name: str, task: str, options: Mapping[str, Any
 def show_evaluation(found: Mapping[str, Any], console: Console) -> None:
     """Print what `evaluate_model` found."""
     low, high = found["interval"]
-    table = Table("", "accuracy (%)", "gain (points)", title=f"{found['model']} on {found['task']}")
+    table = Table("", "accuracy (%)", "gain (points)", title=escape(f"{found['model']} on {found['task']}"))
     table.add_row("this model", f"{100 * found['accuracy']:.2f}  ({100 * low:.1f} to {100 * high:.1f}, 95 %)", "")
     for name, value in found["baselines"].items():
         table.add_row(name, f"{100 * value:.1f}", f"{found['gains'][name]:+.1f}")
+    if "examples" in found:
+        table.caption = f"examples: {escape(found['examples'])}"
+        table.caption += f"; reduced: {found['reduced']}" if found["reduced"] else ""
     console.print(table)
     if found["per_class"]:
         console.print("by class: " + ", ".join(f"{c} {100 * v:.1f}" for c, v in found["per_class"].items()))

@@ -1,4 +1,4 @@
-"""Several runs of one recipe: the plan that `--resume` reads, one run per seed, and their mean."""
+"""Several runs of one recipe: one per seed, and their mean."""
 
 from __future__ import annotations
 
@@ -14,35 +14,12 @@ from rich.console import Console
 from seqlib.errors import ConfigError
 from seqlib.hf.runs import override, write_aside
 
+from .data import DataSource
+from .folder import read_json
 from .recipes import Recipe, find_recipe, layers_of
-from .train import DataSource, train
+from .train import train
 
-__all__ = ["configure", "open_plan", "train_seeds", "write_plan"]
-
-
-def write_plan(folder: Path, recipe: Recipe, source: DataSource, seeds: int) -> None:
-    """Write plan.json, from which `--resume` learns what was wanted."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty; continue with --resume {folder}, or give another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    plan = {"recipe": recipe.to_dict(), "data": vars(source), "seeds": seeds}
-    write_aside(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
-
-
-def open_plan(folder: Path) -> tuple[Recipe, DataSource, int]:
-    """What `write_plan` wrote.
-
-    Raises:
-        ConfigError: there is no plan, or one of another version.
-    """
-    path = folder / "plan.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} has no plan.json; give the --output of an earlier train")
-    try:
-        values = json.loads(path.read_text())
-        return Recipe.from_dict(values["recipe"]), DataSource(**values["data"]), int(values["seeds"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error
+__all__ = ["configure", "train_seeds"]
 
 
 def train_seeds(
@@ -57,7 +34,7 @@ def train_seeds(
         part = folder / f"seed-{seed}"
         done = part / "result.json"
         if done.is_file():
-            results.append(json.loads(done.read_text()))
+            results.append(read_json(done, dict))
             continue
         begun = (part / "recipe.json").is_file()
         results.append(train(replace(recipe, seed=seed), source, part, console=console, resume=begun))
@@ -67,12 +44,21 @@ def train_seeds(
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of results of one recipe."""
+    """Mean and standard deviation over seeds of results of one recipe.
+
+    Raises:
+        ConfigError: the seeds were not trained on the same examples.
+    """
+    if len({result["data"] for result in results}) > 1:
+        raise ConfigError(
+            "the seeds were trained on different examples: the files changed between them; start a new run"
+        )
     scores = [result["test"]["accuracy"] for result in results]
     first = results[0]
     return {
         **{key: first[key] for key in ("task", "protocol", "recipe", "mixers", "layer_pattern", "data", "baselines",
                                        "parameters", "state_bytes", "seqlen")},
+        "reduced": first.get("reduced"),
         "seeds": [result["seed"] for result in results],
         "accuracies": scores,
         "mean": statistics.fmean(scores),

@@ -46,7 +46,13 @@ class Examples:
     def pack(
         cls, rows: Sequence[NDArray[Any]], labels: Sequence[int] | NDArray[Any], *, vocab_size: int, width: int = 1
     ) -> Examples:
-        """From one array per sequence."""
+        """From one array per sequence.
+
+        Raises:
+            CorpusError: ids that two bytes do not hold.
+        """
+        if vocab_size > 1 << 16:
+            raise CorpusError(f"the largest token id is {vocab_size - 1}; ids from 0 to 65,535 are allowed")
         dtype = np.uint8 if vocab_size <= 256 else np.uint16
         lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
         offsets = np.concatenate([[0], lengths.cumsum()])
@@ -74,9 +80,35 @@ class Examples:
         where = np.repeat(self.offsets[at] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Examples(self.tokens[where], offsets, self.labels[index], self.width)
 
-    def head(self, n: int) -> Examples:
-        """The first n examples (all if there are fewer)."""
-        return self if n >= len(self) else self.take(np.arange(n))
+    def sample(self, n: int, seed: int = 0) -> Examples:
+        """n examples (all if there are fewer), drawn at random with the shares that the classes have here.
+
+        The order of a file says nothing about who is in a sample: released files are sorted by label.
+        """
+        if n >= len(self):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))
+        place = np.empty(len(self))  # of an example in its class, from 0 to 1
+        for label in np.unique(self.labels):
+            own = order[self.labels[order] == label]
+            place[own] = (np.arange(len(own)) + 0.5) / len(own)
+        return self.take(np.sort(order[np.argsort(place[order], kind="stable")[:n]]))
+
+    def cut(self, seqlen: int) -> Examples:
+        """Every sequence without what follows its first `seqlen` tokens."""
+        if not len(self) or self.lengths.max() <= seqlen:
+            return self
+        lengths = np.diff(self.offsets).clip(max=seqlen)
+        offsets = np.concatenate([[0], lengths.cumsum()])
+        where = np.repeat(self.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Examples(self.tokens[where], offsets, self.labels, self.width)
+
+    def digest(self) -> str:
+        """A short name of the contents, equal where every token and label is."""
+        name = hashlib.sha256(str((self.width, len(self))).encode())
+        for array in (self.tokens.astype(np.uint16, copy=False), self.offsets, self.labels):
+            name.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return name.hexdigest()[:16]
 
 
 def cache_folder(override: Path | None = None) -> Path:
@@ -110,16 +142,28 @@ def save(folder: Path, splits: Mapping[str, Examples], manifest: Mapping[str, An
 
 
 def load(folder: Path) -> tuple[dict[str, Examples], dict[str, Any]] | None:
-    """Splits (memory-mapped) and manifest, or None where nothing is prepared."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
+    """Splits (memory-mapped) and manifest, or None where nothing is prepared.
+
+    Raises:
+        CorpusError: a file is missing or damaged, or has another number of examples than were written.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
         return None
     try:
-        return {path.stem: _read(path) for path in sorted(folder.glob("*.arrow"))}, json.loads(manifest.read_text())
-    except (pa.ArrowInvalid, OSError, json.JSONDecodeError, KeyError) as error:
-        raise CorpusError(
-            f"prepared data in {folder} is damaged ({error}); remove the folder and prepare it again"
-        ) from error
+        manifest = json.loads(path.read_text())
+        splits = {name: _read(folder / f"{name}.arrow") for name in SPLITS}
+        expected = {name: manifest["splits"][name]["examples"] for name in SPLITS}
+    except (pa.ArrowInvalid, OSError, ValueError, LookupError, TypeError) as error:
+        raise _damaged(folder, repr(error)) from error
+    for name, part in splits.items():
+        if len(part) != expected[name] or part.offsets[-1] != len(part.tokens):
+            raise _damaged(folder, f"{name} has {len(part):,} examples, {expected[name]:,} were written")
+    return splits, manifest
+
+
+def _damaged(folder: Path, reason: str) -> CorpusError:
+    return CorpusError(f"prepared data in {folder} is damaged ({reason}); remove the folder and prepare it again")
 
 
 def _write(path: Path, examples: Examples) -> None:

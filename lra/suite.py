@@ -20,11 +20,12 @@ from seqlib.errors import ConfigError
 from seqlib.hf.runs import read_metrics, save_figure, write_aside
 from seqlib.mixers import mixer_config, sized
 
+from .data import DataSource
 from .evaluate import score_recall
 from .recall import get_recall, make_batch
 from .recipes import Recipe, layers_of
 from .report import load_model
-from .train import DataSource, train
+from .train import train
 
 __all__ = ["TIERS", "Tier", "Trial", "run_suite"]
 

@@ -17,11 +17,12 @@ from seqlib.bench.clock import interleaved, machine
 from seqlib.errors import ConfigError
 from seqlib.models.backbone import param_groups
 
+from .data import DataSource, RunData, load_data
 from .evaluate import collate, peak_memory, score_examples
 from .recall import RECALL
 from .recipes import Recipe
 from .speed import published_s4
-from .train import DataSource, RunData, build_model, load_data
+from .train import build_model
 
 __all__ = ["measure", "official_s4"]
 

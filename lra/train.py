@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import shutil
 import tempfile
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -31,85 +28,16 @@ from seqlib.hf import (
 )
 from seqlib.hf.runs import write_aside
 
+from .data import DataSource, Rows, RunData, load_data, reduced
 from .evaluate import collate, gains, invariance, peak_memory, score_examples, score_recall
-from .prepare import prepare
+from .folder import check_same_data, describe, open_run
 from .protocols import get_protocol
-from .recall import RECALL, Stream, get_recall, make_batch
+from .recall import Stream
 from .recipes import Recipe
 from .runs import Follow, Reporter, plot_curve
-from .store import Examples, fingerprint
 from .synthetic import Batch
-from .tasks import TASKS, TaskData
 
-__all__ = ["DataSource", "build_model", "check_length", "load_data", "open_run", "train"]
-
-_TEST_EXAMPLES = 2000
-_HELD_OUT, _TEST = 1 << 32, 1 << 33  # added to a recipe's seed for data that training does not see
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where the examples of a run come from."""
-
-    folder: str | None = None
-    """Folder or archive; None makes them where the task can be generated, or asks `datasets`."""
-    any_size: bool = False
-    cache: str | None = None
-    processes: int = 1
-
-
-@dataclass(frozen=True)
-class RunData:
-    """What a run trains and is judged on."""
-
-    vocab_size: int
-    pad: int | None
-    seqlen: int
-    train: Dataset
-    validation: Examples | Batch
-    test: Examples | Batch
-    baselines: dict[str, float]
-    task: TaskData | None = None
-
-
-class _Rows(Dataset):
-    """Indices; `_Collator` cuts the examples out of the memory-mapped file a batch at a time."""
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-def load_data(recipe: Recipe, source: DataSource, *, baselines: bool = True) -> RunData:
-    """The examples that a recipe names."""
-    if recipe.task in RECALL:
-        task = get_recall(recipe.task)
-        batches = recipe.steps * recipe.accumulation
-        stream = Stream(task, recipe.data, seed=recipe.seed, batch_size=recipe.batch_size, batches=batches)
-        held_out = make_batch(task, recipe.data, recipe.seed + _HELD_OUT, recipe.eval_examples)
-        test = make_batch(task, recipe.data, recipe.seed + _TEST, _TEST_EXAMPLES)
-        options = {**task.defaults, **recipe.data}
-        found = task.guesses(options)
-        return RunData(task.vocab_size(options), None, options["seqlen"], stream, held_out, test, found)
-    data = prepare(
-        recipe.task,
-        recipe.protocol,
-        data=None if source.folder is None else Path(source.folder),
-        generate=recipe.data if source.folder is None and TASKS[recipe.task].generates else None,
-        any_size=source.any_size,
-        cache=None if source.cache is None else Path(source.cache),
-        processes=source.processes,
-    )
-    splits = data.splits
-    validation = splits["validation"].head(recipe.eval_examples)
-    found = data.task.baselines(splits) if baselines else {}
-    rows = _Rows(splits["train"])
-    return RunData(data.vocab_size, data.pad, data.seqlen, rows, validation, splits["test"], found, data)
+__all__ = ["build_model", "check_length", "train"]
 
 
 def build_model(recipe: Recipe, data: RunData) -> Any:
@@ -178,20 +106,6 @@ class _StopWhenSolved(TrainerCallback):
             control.should_training_stop = True
 
 
-def open_run(folder: Path) -> tuple[Recipe, DataSource, dict[str, Any]]:
-    """Recipe, source of the data and everything else that a run folder says about itself."""
-    path = folder / "recipe.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder (it has no recipe.json); give the --output of an earlier train")
-    try:
-        values = json.loads(path.read_text())
-        if "task" not in values["recipe"]:
-            raise ConfigError(f"{folder} is no run of seqlib-lra: its recipe names no task")
-        return Recipe.from_dict(values["recipe"]), DataSource(**values["data"]), values
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error
-
-
 def train(
     recipe: Recipe,
     source: DataSource,
@@ -217,10 +131,12 @@ def train(
         hint = "continue it with --resume, or give another --output" if not resume else "there is no run to resume"
         raise ConfigError(f"{folder}: {hint}")
     data = data or load_data(recipe, source)
+    if resume and data.task is not None:
+        check_same_data(folder, open_run(folder)[2], data.task.manifest, "bring the old files back, or start a new run")
     model = build_model(recipe, data)
     check_length(model, data.seqlen)
     folder.mkdir(parents=True, exist_ok=True)
-    _describe(folder, recipe, source, data)
+    describe(folder, recipe, source, data)
     reporter = Reporter(folder / "metrics.jsonl", recipe.batch_size * recipe.accumulation)
     follow = Follow(reporter, console, f"{recipe.task} seed {recipe.seed}")
     callbacks: list[TrainerCallback] = [reporter, follow]
@@ -231,7 +147,7 @@ def train(
     rows = data.train
 
     def batch(features: list[Any]) -> dict[str, torch.Tensor]:
-        if isinstance(rows, _Rows):
+        if isinstance(rows, Rows):
             return collate(rows.examples, np.array(features), data.pad)
         return {name: torch.stack([f[name] for f in features]) for name in features[0]}
 
@@ -258,27 +174,9 @@ def train(
         os.rename(aside, folder / "model")
         os.mkdir(aside)  # for the context to remove
     plot_curve(folder / "metrics.jsonl", folder / "curve.png", data.baselines)
-    _describe(folder, recipe, source, data)
+    describe(folder, recipe, source, data)
     write_aside(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
-
-
-def _describe(folder: Path, recipe: Recipe, source: DataSource, data: RunData) -> None:
-    """Write recipe.json: what is run, on which data, by which versions and kernels."""
-    values = {
-        "recipe": recipe.to_dict(),
-        "data": vars(source),
-        "examples": None if data.task is None else data.task.manifest,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("seqlib", "torch", "transformers", "accelerate")},
-        "machine": {
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "backends": used(),
-    }
-    write_aside(folder / "recipe.json", json.dumps(values, indent=2) + "\n")
 
 
 def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -331,7 +229,8 @@ def _result(trainer: Any, recipe: Recipe, data: RunData, reporter: Reporter) -> 
         "mixers": {name: dict(mixer) for name, mixer in recipe.mixers.items()},
         "layer_pattern": recipe.layer_pattern,
         "seed": recipe.seed,
-        "data": fingerprint({"recipe": dict(recipe.data), "examples": data.task.manifest if data.task else None}),
+        "data": data.name,
+        "reduced": reduced(recipe.task, data.task.manifest) if data.task is not None else "",
         "test": score.to_dict(),
         "baselines": data.baselines,
         "gains": gains(score.accuracy, data.baselines),

@@ -18,7 +18,8 @@ from ..protocols import Protocol
 from ..store import SPLITS, Examples
 
 __all__ = [
-    "NotHere", "Prepared", "Task", "TaskData", "check_counts", "check_labels", "read_mega", "split_order",
+    "NotHere", "Prepared", "Task", "TaskData", "check_counts", "check_labels", "of_mega", "read_mega", "read_text",
+    "seen", "split_order",
 ]  # fmt: skip
 
 MEGA_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
@@ -72,6 +73,10 @@ class Task(ABC):
     """Published sizes of the splits."""
     where: ClassVar[str]
     """Which files are needed and where they come from."""
+    sources: ClassVar[tuple[str, ...]]
+    """Files and folders that `read` looks into, from its root; nothing else decides what it returns."""
+    hub: ClassVar[str | None] = None
+    """Name of the data set for `datasets`, where there is one."""
     generates: ClassVar[Mapping[str, Any]] = {}
     """Options of `generate` with their defaults; empty where data cannot be made."""
 
@@ -82,6 +87,10 @@ class Task(ABC):
         Raises:
             CorpusError: nothing of this task is there, or a file is damaged; names file and line.
         """
+
+    def read_hub(self, rows: Any, protocol: Protocol) -> Prepared:
+        """Examples from the data set `hub`, as `datasets.load_dataset` returns it."""
+        raise self.missing(None)
 
     def generate(self, options: Mapping[str, Any], seed: int, processes: int) -> Prepared:
         """Examples made here."""
@@ -99,9 +108,10 @@ class Task(ABC):
         """Published sizes of the splits under a protocol."""
         return self.counts
 
-    def missing(self, root: Path) -> NotHere:
+    def missing(self, root: Path | None) -> NotHere:
         """The error for data that is not there."""
-        return NotHere(f"no {self.title} data under {root}. It needs {self.where}")
+        where = "is given" if root is None else f"under {root}"
+        return NotHere(f"no {self.title} data {where}. It needs {self.where}")
 
 
 def check_counts(sizes: Mapping[str, int], splits: Mapping[str, Examples], where: Path) -> None:
@@ -150,7 +160,7 @@ def read_mega(folder: Path, classes: int, *, width: int = 1, image: int | None =
             if not path.is_file():
                 raise CorpusError(f"{path} is missing; the folder has the layout of mega but not all of its files")
         columns = [_numbered(source, image) for source in sources]
-        labels = [_integers(target, i, line) for i, line in enumerate(target.read_text().splitlines(), 1)]
+        labels = [_integers(target, i, line) for i, line in enumerate(read_text(target).splitlines(), 1)]
         for source, rows in zip(sources, columns):
             if len(rows) != len(labels):
                 raise CorpusError(f"{source} has {len(rows)} lines and {target} {len(labels)}; they must pair up")
@@ -161,8 +171,32 @@ def read_mega(folder: Path, classes: int, *, width: int = 1, image: int | None =
     return splits
 
 
+def of_mega(splits: dict[str, Examples], seqlen: int | None = None) -> Prepared:
+    """Texts in the layout of mega, cut to `seqlen`; padding is an id of its own."""
+    vocab = 1 + max(int(part.tokens.max()) for part in splits.values() if len(part))
+    cut = splits if seqlen is None else {split: part.cut(seqlen) for split, part in splits.items()}
+    return Prepared(cut, vocab + 1, vocab, {"layout": "mega"})
+
+
+def seen(folder: Path, suffix: str) -> list[Path]:
+    """Files of a folder with a suffix, without hidden ones, which archivers and desktops leave behind."""
+    return [path for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        CorpusError: it is not UTF-8.
+    """
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is no text in UTF-8 (byte {error.start}); unpack the archive again") from error
+
+
 def _numbered(path: Path, image: int | None) -> list[NDArray[np.int64]]:
-    rows = [_integers(path, i, line) for i, line in enumerate(path.read_text().splitlines(), 1)]
+    rows = [_integers(path, i, line) for i, line in enumerate(read_text(path).splitlines(), 1)]
     for number, row in enumerate(rows, 1):
         if image is not None and (len(row) != image or row.max() > 255):
             raise CorpusError(
@@ -174,7 +208,7 @@ def _numbered(path: Path, image: int | None) -> list[NDArray[np.int64]]:
 def _integers(path: Path, number: int, line: str) -> NDArray[np.int64]:
     try:
         values = np.array([int(word) for word in line.split()], np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise CorpusError(f"{path}:{number}: not integers ({error})") from error
     if not len(values) or values.min() < 0:
         raise CorpusError(f"{path}:{number}: expected one or more integers >= 0, got {line[:40]!r}")

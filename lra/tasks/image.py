@@ -16,7 +16,6 @@ from seqlib.errors import CorpusError
 from ..protocols import Protocol
 from ..store import Examples
 from .base import Prepared, Task, check_labels, read_mega, split_order
-from .text import from_hub
 
 __all__ = ["Image"]
 
@@ -33,6 +32,10 @@ class Image(Task):
     title: ClassVar[str] = "Image (gray CIFAR-10)"
     classes: ClassVar[int] = 10
     counts: ClassVar[Mapping[str, int]] = {"train": 45_000, "validation": 5_000, "test": 10_000}
+    sources: ClassVar[tuple[str, ...]] = (
+        "image", "cifar10", "cifar-10-batches-py", "cifar/cifar-10-batches-py", *_BATCHES, "test_batch",
+    )  # fmt: skip
+    hub: ClassVar[str] = "uoft-cs/cifar10"
     where: ClassVar[str] = (
         "cifar-10-batches-py/ (cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz/cifar.html, unpacked), "
         "image/input/train.src of the layout of mega, or the data set 'cifar10' in the cache of `datasets`"
@@ -45,18 +48,28 @@ class Image(Task):
                 return Prepared(mega, 256, None, {"layout": "mega"})
         folder = next((p for p in (root / "cifar-10-batches-py", root / "cifar" / "cifar-10-batches-py", root)
                        if (p / _BATCHES[0]).is_file()), None)  # fmt: skip
-        found = _hub() if folder is None else _batches(folder)
-        if found is None:
+        if folder is None:
             raise self.missing(root)
-        (rgb, labels), (rgb_test, labels_test) = found
-        gray = to_gray(rgb, protocol.gray)
-        train, validation, _ = split_order(len(gray), (len(gray) // 10, 0), protocol.image_split)
-        splits = {
-            "train": images(gray[train], labels[train]),
-            "validation": images(gray[validation], labels[validation]),
-        }
-        splits["test"] = images(to_gray(rgb_test, protocol.gray), labels_test)
-        return Prepared(splits, 256, None, {"layout": "cifar-10-batches-py" if folder else "datasets"})
+        return _prepared(*_batches(folder), protocol, "cifar-10-batches-py")
+
+    def read_hub(self, rows: Any, protocol: Protocol) -> Prepared:
+        made = []
+        for split in ("train", "test"):
+            pixels = np.stack([np.asarray(picture) for picture in rows[split]["img"]])
+            made.append((pixels.transpose(0, 3, 1, 2), np.array(rows[split]["label"])))
+        return _prepared(made[0], made[1], protocol, "datasets")
+
+
+def _prepared(known: tuple[Any, Any], test: tuple[Any, Any], protocol: Protocol, layout: str) -> Prepared:
+    """Gray images in the splits of a protocol."""
+    gray, labels = to_gray(known[0], protocol.gray), known[1]
+    train, validation, _ = split_order(len(gray), (len(gray) // 10, 0), protocol.image_split)
+    splits = {
+        "train": images(gray[train], labels[train]),
+        "validation": images(gray[validation], labels[validation]),
+        "test": images(to_gray(test[0], protocol.gray), test[1]),
+    }
+    return Prepared(splits, 256, None, {"layout": layout})
 
 
 def images(pixels: NDArray[np.uint8], labels: NDArray[Any]) -> Examples:
@@ -68,9 +81,11 @@ def images(pixels: NDArray[np.uint8], labels: NDArray[Any]) -> Examples:
 
 def to_gray(rgb: NDArray[np.uint8], rule: str) -> NDArray[np.uint8]:
     """(n, 3, height, width) to (n, height, width)."""
+    if rule == "truncated":  # in float32 and in this order, as tf.image.rgb_to_grayscale rounds: equal for every colour
+        weights = np.array([0.2989, 0.5870, 0.1140], np.float32)
+        parts = [rgb[:, i].astype(np.float32) * np.float32(1 / 255) * weights[i] for i in range(3)]
+        return ((parts[0] + parts[1] + parts[2]) * np.float32(255.5)).astype(np.uint8)
     r, g, b = (rgb[:, i].astype(np.uint32) for i in range(3))
-    if rule == "truncated":
-        return (0.2989 * r + 0.5870 * g + 0.1140 * b).astype(np.uint8)
     return ((19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16).astype(np.uint8)  # ITU-R 601 as Pillow computes it
 
 
@@ -102,14 +117,3 @@ def _batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         raise CorpusError(f"{path} has {len(pixels)} images and {len(labels)} labels")
     check_labels(path, labels, 10)
     return pixels, labels
-
-
-def _hub() -> tuple[tuple[Any, Any], tuple[Any, Any]] | None:
-    rows = from_hub("uoft-cs/cifar10")
-    if rows is None:
-        return None
-    made = []
-    for split in ("train", "test"):
-        pixels = np.stack([np.asarray(picture) for picture in rows[split]["img"]])
-        made.append((pixels.transpose(0, 3, 1, 2), np.array(rows[split]["label"])))
-    return made[0], made[1]

@@ -12,7 +12,7 @@ from .. import lists
 from ..baselines import best_per_key, majority
 from ..protocols import Protocol
 from ..store import SPLITS, Examples
-from .base import Prepared, Task, check_labels, read_mega
+from .base import Prepared, Task, check_labels, of_mega, read_mega
 
 __all__ = ["ListOps"]
 
@@ -30,6 +30,7 @@ class ListOps(Task):
     title: ClassVar[str] = "ListOps"
     classes: ClassVar[int] = 10
     counts: ClassVar[Mapping[str, int]] = {"train": 96_000, "validation": 2_000, "test": 2_000}
+    sources: ClassVar[tuple[str, ...]] = ("listops-1000", "listops", *_FILES.values())
     where: ClassVar[str] = (
         "basic_train.tsv, basic_val.tsv and basic_test.tsv in listops-1000/ (lra_release archive) or listops/, "
         "or --generate, which makes the same distribution"
@@ -43,12 +44,11 @@ class ListOps(Task):
         for folder in ("listops-1000", "listops", "."):
             if (root / folder / _FILES["train"]).is_file():
                 splits = {split: lists.read_tsv(root / folder / name) for split, name in _FILES.items()}
-                return _prepared(_cut(splits, protocol), {"layout": "tsv"})
+                return _prepared(splits, {"layout": "tsv"})  # whole: a list that loses its end has no value
         mega = read_mega(root / "listops", self.classes)
         if mega is None:
             raise self.missing(root)
-        vocab = 1 + max(int(part.tokens.max()) for part in mega.values())
-        return Prepared(mega, vocab + 1, vocab, {"layout": "mega"})
+        return of_mega(mega)
 
     def generate(self, options: Mapping[str, Any], seed: int, processes: int) -> Prepared:
         shape = lists.Shape(**{key: options[key] for key in ("max_depth", "max_args", "min_length", "max_length")})
@@ -64,7 +64,7 @@ class ListOps(Task):
         return _prepared(splits, {"layout": "generated"})
 
     def baselines(self, splits: Mapping[str, Examples]) -> dict[str, float]:
-        train, test = splits["train"], splits["test"].head(_CHECKED)
+        train, test = splits["train"], splits["test"].sample(_CHECKED)
         if lists.SYMBOLS.index("]") < train.tokens.max():
             return super().baselines(splits)  # ids of another layout say nothing about operators
         keys = [np.array([lists.first_operator(part.sequence(i)) for i in range(len(part))]) for part in (train, test)]
@@ -78,15 +78,6 @@ class ListOps(Task):
             if found[f"lists to depth {depth}"] == 1.0:
                 break
         return found
-
-
-def _cut(splits: dict[str, Examples], protocol: Protocol) -> dict[str, Examples]:
-    limit = protocol.seqlen["listops"]
-    cut = {}
-    for split, part in splits.items():
-        rows = [part.sequence(i)[:limit] for i in range(len(part))]
-        cut[split] = part if part.lengths.max() <= limit else Examples.pack(rows, part.labels, vocab_size=16)
-    return cut
 
 
 def _prepared(splits: dict[str, Examples], facts: dict[str, Any]) -> Prepared:

@@ -14,7 +14,7 @@ from seqlib.errors import ConfigError, CorpusError
 from .. import snakes
 from ..protocols import Protocol
 from ..store import SPLITS
-from .base import Prepared, Task, read_mega, split_order
+from .base import Prepared, Task, read_mega, read_text, seen, split_order
 from .image import images
 
 __all__ = ["PathX", "Pathfinder", "Pathfinder256"]
@@ -39,6 +39,11 @@ class Pathfinder(Task):
         "pathfinder/input/train.src of the layout of mega, or --generate"
     )
     generates: ClassVar[Mapping[str, Any]] = {"train": 160_000, "validation": 20_000, "test": 20_000, "size": 32}
+
+    @property
+    def sources(self) -> tuple[str, ...]:  # type: ignore[override]
+        inner = f"pathfinder{self.size}/{_SET}"
+        return inner, f"pathfinder/{inner}", f"{self.name}/input", f"{self.name}/label"
 
     def read(self, root: Path, protocol: Protocol) -> Prepared:
         mega = read_mega(root / self.name, self.classes, image=self.size**2)
@@ -98,13 +103,17 @@ def read_images(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray[np.
     """All images of one released set, in the order of its metadata, which are text files in spite of their name."""
     from PIL import Image, UnidentifiedImageError
 
-    files = sorted((folder / "metadata").glob("*.npy"), key=lambda p: int(p.stem))
+    files = seen(folder / "metadata", ".npy")
     if not files:
         raise CorpusError(f"{folder / 'metadata'} holds no .npy files; unpack the archive again")
+    for file in files:
+        if not file.stem.isdecimal():
+            raise CorpusError(f"{file} is not of the release, whose files are named 1.npy, 2.npy, ...; remove it")
+    files.sort(key=lambda path: int(path.stem))
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     for file in files:
-        for number, line in enumerate(_lines(file), 1):
+        for number, line in enumerate(read_text(file).splitlines(), 1):
             cells = line.split()
             if len(cells) < 4 or cells[3] not in ("0", "1"):
                 raise CorpusError(f"{file}:{number}: expected folder, file, number and label 0 or 1, got {line[:60]!r}")
@@ -121,11 +130,6 @@ def read_images(folder: Path, size: int) -> tuple[NDArray[np.uint8], NDArray[np.
                 raise CorpusError(f"{file}:{number}: image {path} is {found} pixels, not {size} x {size}")
             pixels.append(array)
             labels.append(int(cells[3]))
+    if not pixels:
+        raise CorpusError(f"{folder / 'metadata'} names no image; unpack the archive again")
     return np.stack(pixels), np.array(labels, np.int16)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("ascii").splitlines()
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not the text file that the release has (byte {error.start})") from error

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from seqlib.errors import CorpusError
 
 from ..protocols import Protocol
 from ..store import Examples
-from .base import Prepared, Task, read_mega
+from .base import Prepared, Task, of_mega, read_mega
 from .text import encode_texts
 
 __all__ = ["Retrieval"]
@@ -31,6 +29,9 @@ class Retrieval(Task):
     classes: ClassVar[int] = 2
     width: ClassVar[int] = 2
     counts: ClassVar[Mapping[str, int]] = {"train": 147_086, "validation": 18_090, "test": 17_437}
+    sources: ClassVar[tuple[str, ...]] = (
+        *(f"{folder}{name}" for folder in ("tsv_data/", "aan/", "") for name in _FILES.values()), "retrieval",
+    )  # fmt: skip
     where: ClassVar[str] = (
         "new_aan_pairs.{train,eval,test}.tsv in tsv_data/ (lra_release archive), aan/ or the folder itself, or "
         "retrieval/input/train.src and retrieval/input1/train.src of the layout of mega"
@@ -43,8 +44,7 @@ class Retrieval(Task):
             mega = read_mega(root / self.name, self.classes, width=2)
             if mega is None:
                 raise self.missing(root)
-            vocab = 1 + max(int(part.tokens.max()) for part in mega.values())
-            return Prepared(mega, vocab + 1, vocab, {"layout": "mega"})
+            return of_mega(mega, protocol.seqlen["retrieval"])
         rows = {split: _read(folder / name) for split, name in _FILES.items()}
         texts = {split: [text for pair in pairs for text in pair] for split, (pairs, _) in rows.items()}
         ids, vocab = encode_texts(texts, protocol.units, protocol.seqlen["retrieval"])
@@ -74,6 +74,4 @@ def _read(path: Path) -> tuple[list[tuple[bytes, bytes]], list[int]]:
                 raise CorpusError(f"{path}:{number}: a text of the pair is empty")
             pairs.append((cells[3], cells[4]))
             labels.append(int(float(cells[0])))
-    if len(np.unique(labels)) < 2:
-        raise CorpusError(f"{path} has labels of one class only")
     return pairs, labels

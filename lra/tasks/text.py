@@ -14,7 +14,7 @@ from seqlib.errors import CorpusError
 
 from ..protocols import Protocol
 from ..store import Examples
-from .base import Prepared, Task, read_mega
+from .base import Prepared, Task, of_mega, read_mega, seen
 
 __all__ = ["Text", "encode_texts"]
 
@@ -31,6 +31,11 @@ class Text(Task):
     title: ClassVar[str] = "Text (IMDB)"
     classes: ClassVar[int] = 2
     counts: ClassVar[Mapping[str, int]] = {"train": 22_500, "validation": 2_500, "test": 25_000}
+    sources: ClassVar[tuple[str, ...]] = tuple(
+        f"{folder}{part}/{label}"
+        for folder in ("aclImdb/", "imdb/", "") for part in ("train", "test") for label in ("pos", "neg")
+    ) + tuple(f"{folder}/{part}" for folder in ("text", "imdb") for part in ("input", "label"))  # fmt: skip
+    hub: ClassVar[str] = "stanfordnlp/imdb"
     where: ClassVar[str] = (
         "aclImdb/{train,test}/{pos,neg}/*.txt (aclImdb_v1.tar.gz of ai.stanford.edu/~amaas/data/sentiment, unpacked), "
         "text/input/train.src of the layout of mega, or the data set 'imdb' in the cache of `datasets`"
@@ -43,24 +48,34 @@ class Text(Task):
     def read(self, root: Path, protocol: Protocol) -> Prepared:
         mega = read_mega(root / "text", self.classes) or read_mega(root / "imdb", self.classes)
         if mega is not None:
-            vocab = 1 + max(int(part.tokens.max()) for part in mega.values())
-            return Prepared(mega, vocab + 1, vocab, {"layout": "mega"})
+            return of_mega(mega, protocol.seqlen["text"])
         folder = next((p for p in (root / "aclImdb", root / "imdb", root) if (p / "train" / "pos").is_dir()), None)
-        found = _hub() if folder is None else {split: _folder(folder / split) for split in ("train", "test")}
-        if found is None:
+        if folder is None:
             raise self.missing(root)
-        (train, train_labels), (test, test_labels) = found["train"], found["test"]
-        raw = {"train": (train, train_labels), "test": (test, test_labels)}
-        order = np.random.default_rng(0).permutation(len(train))
-        held = len(train) // 10
-        if protocol.text_validation == "held-out":
-            raw["validation"] = ([train[i] for i in order[:held]], train_labels[order[:held]])
-            raw["train"] = ([train[i] for i in order[held:]], train_labels[order[held:]])
-        else:
-            raw["validation"] = raw["test"]
-        ids, vocab = encode_texts({k: v[0] for k, v in raw.items()}, protocol.units, protocol.seqlen["text"])
-        splits = {k: Examples.pack(ids[k], raw[k][1], vocab_size=vocab) for k in raw}
-        return Prepared(splits, vocab, 0, {"layout": "aclImdb" if folder else "datasets", "units": protocol.units})
+        return _prepared({split: _folder(folder / split) for split in ("train", "test")}, protocol, "aclImdb")
+
+    def read_hub(self, rows: Any, protocol: Protocol) -> Prepared:
+        found = {
+            split: ([text.encode() for text in rows[split]["text"]], np.array(rows[split]["label"]))
+            for split in ("train", "test")
+        }
+        return _prepared(found, protocol, "datasets")
+
+
+def _prepared(found: Mapping[str, tuple[list[bytes], NDArray[np.int64]]], protocol: Protocol, layout: str) -> Prepared:
+    """Reviews in the splits and units of a protocol."""
+    (train, train_labels), (test, test_labels) = found["train"], found["test"]
+    raw = {"train": (train, train_labels), "test": (test, test_labels)}
+    order = np.random.default_rng(0).permutation(len(train))
+    held = len(train) // 10
+    if protocol.text_validation == "held-out":
+        raw["validation"] = ([train[i] for i in order[:held]], train_labels[order[:held]])
+        raw["train"] = ([train[i] for i in order[held:]], train_labels[order[held:]])
+    else:
+        raw["validation"] = raw["test"]
+    ids, vocab = encode_texts({k: v[0] for k, v in raw.items()}, protocol.units, protocol.seqlen["text"])
+    splits = {k: Examples.pack(ids[k], raw[k][1], vocab_size=vocab) for k in raw}
+    return Prepared(splits, vocab, 0, {"layout": layout, "units": protocol.units})
 
 
 def encode_texts(
@@ -94,7 +109,7 @@ def _folder(folder: Path) -> tuple[list[bytes], NDArray[np.int64]]:
     texts: list[bytes] = []
     labels: list[int] = []
     for label, name in enumerate(("neg", "pos")):
-        files = sorted((folder / name).glob("*.txt"), key=lambda p: [int(n) for n in p.stem.split("_") if n.isdigit()])
+        files = sorted(seen(folder / name, ".txt"), key=lambda p: [int(n) for n in p.stem.split("_") if n.isdigit()])
         if not files:
             raise CorpusError(f"{folder / name} holds no .txt files; unpack the archive again")
         for path in files:
@@ -104,23 +119,3 @@ def _folder(folder: Path) -> tuple[list[bytes], NDArray[np.int64]]:
             texts.append(data)
             labels.append(label)
     return texts, np.array(labels)
-
-
-def _hub() -> dict[str, tuple[list[bytes], NDArray[np.int64]]] | None:
-    rows = from_hub("stanfordnlp/imdb")
-    if rows is None:
-        return None
-    return {
-        split: ([text.encode() for text in rows[split]["text"]], np.array(rows[split]["label"]))
-        for split in ("train", "test")
-    }
-
-
-def from_hub(name: str) -> Any:
-    """A data set by name through `datasets`, or None where it is neither cached nor reachable."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(name)
-    except (OSError, ValueError, RuntimeError):  # what datasets raises offline differs by version and by what is cached
-        return None
