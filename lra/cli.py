@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from seqlib.errors import ConfigError, SeqlibError
+from seqlib.errors import ConfigError
 
 from .arguments import (
     AnySize,
@@ -32,6 +29,7 @@ from .arguments import (
     refuse,
     refuse_for_training,
 )  # fmt: skip
+from .console import interruptible, run
 
 __all__ = ["main"]
 
@@ -94,7 +92,7 @@ def prepare(
         refuse(context, ["data", "any_size"], "--generate makes the examples here")
     else:
         refuse(context, ["settings", "seed"], "these options change what --generate makes")
-    with _interruptible("nothing was kept; give the same command again"):
+    with interruptible("nothing was kept; give the same command again"):
         found = preparing.prepare(
             task, protocol, data=data, generate=generated_with(settings) if generate else None, seed=seed,
             any_size=any_size, cache=cache, processes=processes,
@@ -125,6 +123,7 @@ def train(
     from . import seeds as training
     from .data import DataSource
     from .folder import open_plan, write_plan
+    from .keep import locked
     from .tables import summary_table
 
     console = Console()
@@ -143,8 +142,9 @@ def train(
             None if data is None else str(data), any_size, None if cache is None else str(cache), processes
         ).absolute()
         count, folder = seeds, output
-        write_plan(folder, chosen, source, count)
-    with _interruptible(f"continue with: seqlib-lra train --resume {shlex.quote(str(folder))}"):
+    with locked(folder), interruptible(f"continue with: seqlib-lra train --resume {shlex.quote(str(folder))}"):
+        if resume is None:
+            write_plan(folder, chosen, source, count)
         summary = training.train_seeds(chosen, source, folder, range(count), console=console)
     console.print(summary_table(summary))
     if chosen.note:
@@ -220,7 +220,7 @@ def suite(
     """Rank mixers on recall and state tracking: accuracy, steps to 90 %, state size, longer sequences."""
     from .suite import run_suite
 
-    with _interruptible("finished runs are kept; give the same command again to go on"):
+    with interruptible("finished runs are kept; give the same command again to go on"):
         run_suite(
             tier, mixers=mixer, seeds=seeds, minutes=minutes, folder=output, console=Console(), processes=processes
         )
@@ -280,30 +280,9 @@ def table(
     show(runs or [], group, output, Console())
 
 
-@contextlib.contextmanager
-def _interruptible(remedy: str) -> Iterator[None]:
-    """Turn Ctrl-C into a line that says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {remedy}", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
 def main() -> None:
     """Run the command line; an error of the library is one line, not a traceback."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        app()
-    except (SeqlibError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    run(app)
 
 
 if __name__ == "__main__":

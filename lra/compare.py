@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.hf.runs import save_figure
 
+from .charts import plot_comparison
 from .folder import open_plan, open_run
 from .leaderboard import own_rows
 
@@ -62,25 +62,3 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
         )
     table.caption = ", ".join(f"{name} {100 * value:.1f}" for name, value in found["baselines"].items())
     console.print(table)
-
-
-def plot_comparison(found: dict[str, Any], path: Path) -> None:
-    """A bar for each run's test accuracy, with its interval or deviation, and a line for each trivial answer."""
-    from matplotlib.figure import Figure
-
-    rows = found["comparison"][::-1]
-    figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    means = [row["mean"] for row in rows]
-    around = [row["interval"] if row["std"] is None else (row["mean"] - row["std"], row["mean"] + row["std"])
-              for row in rows]  # fmt: skip
-    below = [100 * (mean - low) for mean, (low, _) in zip(means, around)]
-    above = [100 * (high - mean) for mean, (_, high) in zip(means, around)]
-    names = [" ".join(mixer["kind"] for mixer in row["mixers"].values()) for row in rows]
-    axes.barh(range(len(rows)), [100 * mean for mean in means], xerr=(below, above), capsize=2)
-    axes.set_yticks(range(len(rows)), names)
-    for name, value in found["baselines"].items():
-        axes.axvline(100 * value, color="gray", linewidth=0.8, linestyle="--")
-        axes.annotate(name, (100 * value, 1), xycoords=("data", "axes fraction"), fontsize=6, rotation=45)
-    axes.set(xlabel="test accuracy (%)", xlim=(0, 100))
-    save_figure(figure, path)

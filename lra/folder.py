@@ -16,6 +16,7 @@ from seqlib.errors import ConfigError
 from seqlib.hf.runs import write_aside
 
 from .data import DataSource, RunData
+from .keep import LOCK
 from .recipes import Recipe
 
 __all__ = ["check_same_data", "describe", "open_plan", "open_run", "read_json", "write_plan"]
@@ -39,7 +40,7 @@ def read_json(path: Path, take: Callable[[Any], T]) -> T:
 
 def write_plan(folder: Path, recipe: Recipe, source: DataSource, seeds: int) -> None:
     """Write plan.json, from which `--resume` learns what was wanted. A plan alone, of a run that never began, goes."""
-    if folder.exists() and {path.name for path in folder.iterdir()} - {"plan.json"}:
+    if folder.exists() and {path.name for path in folder.iterdir()} - {"plan.json", LOCK}:
         raise ConfigError(f"{folder} is not empty; continue with --resume {folder}, or give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     plan = {"recipe": recipe.to_dict(), "data": vars(source), "seeds": seeds}

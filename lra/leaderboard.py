@@ -15,16 +15,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.hf.runs import save_figure, write_aside
+from seqlib.hf.runs import write_aside
 
+from .charts import plot_leaderboard
 from .data import reduced
 from .folder import open_run, read_json
-from .scores import COLUMNS, GROUPS, Row, rows
+from .scores import COLUMNS, GROUPS, TITLES, Row, rows
 
 __all__ = ["own_rows", "show"]
 
 _WIDE = 140  # columns of the files, and of terminals that have them
-_TITLES = ("ListOps", "Text", "Retrieval", "Image", "Pathfinder", "Path-X")
 
 
 def show(runs: Sequence[Path], group: str | None, output: Path | None, console: Console) -> None:
@@ -49,7 +49,7 @@ def show(runs: Sequence[Path], group: str | None, output: Path | None, console: 
     plain = {name: [_plain(row) for row in part] for name, part in published.items()}
     values = {"groups": {name: GROUPS[name] for name in groups}, "published": plain, "ours": ours}
     write_aside(output / "table.json", json.dumps(values, indent=2) + "\n")
-    plot(published, ours, output / "table.png")
+    plot_leaderboard(published, ours, output / "table.png")
     console.print(f"written to {output}", markup=False)
 
 
@@ -103,7 +103,7 @@ def _cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-_HEADER = ("model", *_TITLES, "average", "F as 50", "published", "source (?: unverified)")
+_HEADER = ("model", *TITLES, "average", "F as 50", "published", "source (?: unverified)")
 
 
 _SHORT = ("List", "Text", "Retr", "Image", "Path", "PathX", "avg", "F=50")
@@ -179,29 +179,3 @@ def markdown(published: dict[str, list[Row]], ours: Sequence[dict[str, Any]]) ->
         if any(row["reduced"] for row in ours):
             parts.append(_REDUCED.replace("*", r"\*", 1))
     return "\n\n".join(parts) + "\n"
-
-
-def plot(published: dict[str, list[Row]], ours: Sequence[dict[str, Any]], png: Path) -> None:
-    """A panel per task: published scores by group as dots, our runs as lines across with their deviation.
-
-    Runs on reduced data are dashed and say so: they are no rivals of the dots.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 3.6), layout="constrained")
-    for panel, task, title in zip(figure.subplots(1, len(COLUMNS)), COLUMNS, _TITLES):
-        for at, part in enumerate(published.values()):
-            values = [row.scores[task] for row in part if row.scores[task] is not None]
-            panel.plot([at] * len(values), values, "o", alpha=0.5, markersize=4, color=f"C{at}")
-        for number, row in enumerate(own for own in ours if own["task"] == task):
-            mean, std = 100 * row["mean"], 100 * (row["std"] or 0.0)
-            kinds = ",".join(str(m.get("kind")) for m in row["mixers"].values())
-            style, mark = ("--", ", reduced data") if row["reduced"] else ("-", "")
-            panel.axhline(mean, color=f"C{3 + number}", linestyle=style, label=f"{kinds} ({row['recipe']}{mark})")
-            panel.axhspan(mean - std, mean + std, color=f"C{3 + number}", alpha=0.2)
-        if any(own["task"] == task for own in ours):
-            panel.legend(fontsize=6)
-        panel.set(title=title, xlim=(-0.5, len(published) - 0.5))
-        panel.set_xticks(range(len(published)), list(published))
-    figure.supylabel("accuracy (%)")
-    save_figure(figure, png)

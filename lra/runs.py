@@ -1,11 +1,10 @@
-"""What a run tells while it goes: metrics as JSON lines, a bar in the terminal, a plot."""
+"""What a run tells while it goes: metrics as JSON lines and a bar in the terminal."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from seqlib.errors import SeqlibError
-from seqlib.hf.runs import read_metrics, save_figure, write_aside
+from seqlib.hf.runs import read_metrics, write_aside
 
-__all__ = ["Follow", "Reporter", "plot_curve"]
+__all__ = ["Follow", "Reporter"]
 
 _LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar in
 
@@ -36,6 +35,8 @@ class Reporter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
         write_aside(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        for row in kept:
+            self.latest |= row
         self.earlier_s = max((row.get("elapsed_s", 0.0) for row in kept), default=0.0)
         self.first_step, self.begun = state.global_step, time.perf_counter()
         self.ended = self.begun
@@ -120,24 +121,3 @@ class Follow(TrainerCallback):
         if self.bar:
             self.bar.stop()
             self.bar = None
-
-
-def plot_curve(metrics: Path, png: Path, baselines: Mapping[str, float]) -> None:
-    """Training loss and held-out accuracy over steps, with the trivial baselines."""
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(metrics)
-    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    scores = [(row["step"], 100 * row["accuracy"]) for row in rows if "accuracy" in row]
-    if not losses or not scores:
-        return
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(*zip(*losses), color="tab:blue")
-    left.set(xlabel="step", ylabel="training loss (nats)")
-    right.plot(*zip(*scores), "o-", color="tab:orange", markersize=3)
-    for name, value in baselines.items():
-        right.axhline(100 * value, color="gray", linewidth=0.8, linestyle="--")
-        right.annotate(name, (0.02, 100 * value), xycoords=("axes fraction", "data"), fontsize=6, va="bottom")
-    right.set(xlabel="step", ylabel="held-out accuracy (%)", ylim=(0, 101))
-    save_figure(figure, png)

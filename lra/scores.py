@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["COLUMNS", "GROUPS", "Row", "rows"]
+__all__ = ["COLUMNS", "GROUPS", "TITLES", "Row", "rows"]
 
 COLUMNS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
+TITLES = ("ListOps", "Text", "Retrieval", "Image", "Pathfinder", "Path-X")
 
 GROUPS = {
     "jax": "google-research/long-range-arena: single run, sizes by task, FNet to RWKV-4 as other authors ran them",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from seqlib.errors import CorpusError
+
+from .keep import whole_folder
 
 __all__ = ["SPLITS", "Examples", "cache_folder", "fingerprint", "load", "save"]
 
@@ -127,18 +127,10 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 
 def save(folder: Path, splits: Mapping[str, Examples], manifest: Mapping[str, Any]) -> None:
     """Write splits and manifest aside and rename the folder when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as aside:
+    with whole_folder(folder, replace=not (folder / "manifest.json").is_file()) as aside:
         for name, examples in splits.items():
-            _write(Path(aside) / f"{name}.arrow", examples)
-        (Path(aside) / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        try:
-            os.rename(aside, folder)
-        except OSError:
-            if not (folder / "manifest.json").is_file():  # else another process was first, with the same contents
-                raise
-        else:
-            os.mkdir(aside)  # for the context to remove
+            _write(aside / f"{name}.arrow", examples)
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def load(folder: Path) -> tuple[dict[str, Examples], dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,15 @@ from rich.table import Table
 
 from seqlib.bench.clock import machine
 from seqlib.errors import ConfigError
-from seqlib.hf.runs import read_metrics, save_figure, write_aside
+from seqlib.hf.runs import read_metrics, write_aside
 from seqlib.mixers import mixer_config, sized
 
+from .charts import plot_length, plot_state
+from .console import quiet
 from .data import DataSource
 from .evaluate import score_recall
+from .folder import open_run, read_json
+from .keep import locked
 from .recall import get_recall, make_batch
 from .recipes import Recipe, layers_of
 from .report import load_model
@@ -129,7 +134,14 @@ def run_suite(
              folder / "runs" / _slug(f"{tier}-{trial.label}-{name}-{seed}"))
         for seed in range(seeds) for trial in plan.trials for name in layers
     ]  # fmt: skip
-    begun = time.perf_counter()
+    with locked(folder):
+        return _run_all(tier, seeds, folder, console, processes, jobs)
+
+
+def _run_all(
+    tier: str, seeds: int, folder: Path, console: Console, processes: int, jobs: Sequence[_Job]
+) -> dict[str, Any]:
+    begun, plan = time.perf_counter(), TIERS[tier]
     rows: list[dict[str, Any]] = []
     for job, row in zip(jobs, _each(jobs, processes)):
         if row is not None:
@@ -142,13 +154,13 @@ def run_suite(
         "seconds": round(sum(row["seconds"] for row in rows), 1), "machine": machine(), "ranking": ranking(rows),
         "rows": rows,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     text = markdown(result)
     write_aside(folder / "suite.json", json.dumps(result | {"markdown": text.splitlines()}, indent=2) + "\n")
     write_aside(folder / "suite.md", text)
     plot_state(rows, folder / "state.png")
     plot_length(rows, folder / "length.png")
     console.print(_table(result))
+    console.print(f"written to {folder}: suite.json, suite.md, state.png, length.png", markup=False)
     if result["left_out"]:
         console.print(
             f"[bold]{result['left_out']} runs left out for want of time[/bold]; run the same command again to go on"
@@ -195,18 +207,27 @@ def _each(jobs: Sequence[_Job], processes: int) -> Iterator[dict[str, Any] | Non
     if processes == 1:
         yield from map(_run, jobs)
         return
-    with get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+    with get_context("spawn").Pool(processes, _begin) as pool:
         yield from pool.imap(_run, jobs)
+
+
+def _begin() -> None:
+    """Of a process that runs some of the jobs: one thread, no lines of others, and Ctrl-C is for the parent to tell."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
 
 
 def _run(job: _Job) -> dict[str, Any] | None:
     """The row of a run, which is trained unless it is finished; None where there was no time for it."""
     done = job.folder / "row.json"
+    if (job.folder / "recipe.json").is_file() and open_run(job.folder)[0] != job.recipe:
+        raise ConfigError(f"{job.folder} holds a run of another recipe; give another --output, or remove that folder")
     if not done.is_file():
         if time.time() > job.end:
             return None
         _train(job)
-    return json.loads(done.read_text())
+    return read_json(done, dict)
 
 
 def _train(job: _Job) -> None:
@@ -214,7 +235,7 @@ def _train(job: _Job) -> None:
     resume = (path / "recipe.json").is_file()
     if not (path / "result.json").is_file():
         train(recipe, DataSource(), path, console=Console(quiet=True), resume=resume)
-    result = json.loads((path / "result.json").read_text())
+    result = read_json(path / "result.json", dict)
     solved = [row["step"] for row in read_metrics(path / "metrics.jsonl") if row.get("accuracy", 0) >= 0.9]
     kept = ("baselines", "failed", "steps", "state_bytes", "parameters", "seconds")
     row = {key: result[key] for key in kept} | {
@@ -316,37 +337,6 @@ def _table(result: Mapping[str, Any]) -> Table:
     for row in body:
         table.add_row(*row)
     return table
-
-
-def plot_state(rows: Sequence[Mapping[str, Any]], png: Path) -> None:
-    """Accuracy against the size of the state, one panel per trial."""
-    _panels(rows, png, "state (bytes)", lambda row: [(row["state_bytes"], row["accuracy"])], "o")
-
-
-def plot_length(rows: Sequence[Mapping[str, Any]], png: Path) -> None:
-    """Accuracy against the length of the sequence, one panel per trial."""
-    _panels(rows, png, "sequence length", lambda row: [(int(k), v) for k, v in row["by_length"].items()], "o-")
-
-
-def _panels(rows: Sequence[Mapping[str, Any]], png: Path, label: str, points: Any, style: str) -> None:
-    from matplotlib.figure import Figure
-
-    trials = list(dict.fromkeys(row["trial"] for row in rows))
-    if not trials:
-        return
-    mixers = list(dict.fromkeys(row["mixer"] for row in rows))
-    figure = Figure(figsize=(3.2 * len(trials) + 1, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(trials), squeeze=False)[0]
-    for panel, trial in zip(panels, trials):
-        for color, mixer in enumerate(mixers):
-            own = [points(row) for row in rows if row["trial"] == trial and row["mixer"] == mixer]
-            where = sorted({x for run in own for x, _ in run})
-            means = [statistics.fmean(y for run in own for at, y in run if at == x) for x in where]
-            panel.plot(where, [100 * y for y in means], style, color=f"C{color % 10}", label=mixer, markersize=4)
-        panel.set(title=trial, xlabel=label, ylim=(0, 102), xscale="log")
-    panels[0].set_ylabel("accuracy (%)")
-    panels[-1].legend(fontsize=6)
-    save_figure(figure, png)
 
 
 def _slug(text: str) -> str:

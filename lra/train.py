@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import torch
 from rich.console import Console
 from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from seqlib.dispatch import use_backend, used
 from seqlib.errors import ConfigError
@@ -28,13 +24,16 @@ from seqlib.hf import (
 )
 from seqlib.hf.runs import write_aside
 
+from .charts import plot_curve
+from .checkpoints import is_over, last_whole
 from .data import DataSource, Rows, RunData, load_data, reduced
 from .evaluate import collate, gains, invariance, peak_memory, score_examples, score_recall
 from .folder import check_same_data, describe, open_run
+from .keep import disk_errors, follow_umask, locked, whole_folder
 from .protocols import get_protocol
 from .recall import Stream
 from .recipes import Recipe
-from .runs import Follow, Reporter, plot_curve
+from .runs import Follow, Reporter
 from .synthetic import Batch
 
 __all__ = ["build_model", "check_length", "train"]
@@ -92,6 +91,10 @@ class _Trainer(SeqlibTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        follow_umask(Path(str(self.args.output_dir)))
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset) if isinstance(dataset, Stream) else super()._get_train_sampler(train_dataset)
@@ -104,6 +107,17 @@ class _StopWhenSolved(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
         if metrics["eval_accuracy"] >= self.enough:
             control.should_training_stop = True
+
+
+class _Moved(TrainerCallback):
+    """Names the best checkpoint where it is now: a run folder may have been moved, or seen from another folder."""
+
+    def __init__(self, best: Path) -> None:
+        self.best = best
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.best_model_checkpoint is not None or state.best_metric is not None:
+            state.best_model_checkpoint = str(self.best)
 
 
 def train(
@@ -125,21 +139,58 @@ def train(
     Raises:
         ConfigError: the folder holds a run already, or the recipe describes no model.
     """
-    if (folder / "result.json").exists():
-        raise ConfigError(f"{folder} is finished; start a new run in another --output")
-    if (folder / "recipe.json").exists() != resume:
-        hint = "continue it with --resume, or give another --output" if not resume else "there is no run to resume"
-        raise ConfigError(f"{folder}: {hint}")
+    _check_begun(folder, resume)
     data = data or load_data(recipe, source)
     if resume and data.task is not None:
         check_same_data(folder, open_run(folder)[2], data.task.manifest, "bring the old files back, or start a new run")
     model = build_model(recipe, data)
     check_length(model, data.seqlen)
-    folder.mkdir(parents=True, exist_ok=True)
-    describe(folder, recipe, source, data)
+    with locked(folder), disk_errors(folder):
+        _check_begun(folder, resume)  # another process may have been there meanwhile
+        describe(folder, recipe, source, data)
+        return _train(model, recipe, source, folder, data, console, resume)
+
+
+def _check_begun(folder: Path, resume: bool) -> None:
+    if (folder / "result.json").exists():
+        raise ConfigError(f"{folder} is finished; start a new run in another --output")
+    if (folder / "recipe.json").exists() != resume:
+        hint = "continue it with --resume, or give another --output" if not resume else "there is no run to resume"
+        raise ConfigError(f"{folder}: {hint}")
+
+
+def _train(
+    model: Any, recipe: Recipe, source: DataSource, folder: Path, data: RunData, console: Console, resume: bool
+) -> dict[str, Any]:
+    """Train, and write model, curve and result."""
     reporter = Reporter(folder / "metrics.jsonl", recipe.batch_size * recipe.accumulation)
     follow = Follow(reporter, console, f"{recipe.task} seed {recipe.seed}")
-    callbacks: list[TrainerCallback] = [reporter, follow]
+    checkpoints = folder / "checkpoints"
+    start = last_whole(checkpoints, model, lambda line: console.print(line, markup=False)) if resume else None
+    trainer = _trainer(model, recipe, folder, data, [reporter, follow])
+    scope = contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
+    with scope:
+        if start is not None and is_over(start.state, recipe):
+            trainer.model = type(model).from_pretrained(start.best).to(trainer.args.device)
+            trainer.state = start.state
+            reporter.on_train_begin(None, start.state, None)
+        else:
+            if start is not None:
+                trainer.add_callback(_Moved(start.best))
+            try:
+                trainer.train(resume_from_checkpoint=None if start is None else str(start.path))
+            finally:
+                follow.close()
+        result = _result(trainer, recipe, data, reporter)
+    with whole_folder(folder / "model") as aside:
+        trainer.save_model(str(aside))
+    plot_curve(folder / "metrics.jsonl", folder / "curve.png", data.baselines)
+    describe(folder, recipe, source, data)
+    write_aside(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _trainer(model: Any, recipe: Recipe, folder: Path, data: RunData, callbacks: list[TrainerCallback]) -> _Trainer:
     if recipe.patience:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=recipe.patience))
     if recipe.enough < 1:
@@ -157,26 +208,7 @@ def train(
     )  # fmt: skip
     trainer.pad = data.pad
     trainer.remove_callback(PrinterCallback)
-    checkpoint = (
-        get_last_checkpoint(str(folder / "checkpoints")) if resume and (folder / "checkpoints").is_dir() else None
-    )
-    scope = contextlib.nullcontext() if recipe.backend == "auto" else use_backend(recipe.backend)
-    with scope:
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        finally:
-            follow.close()
-        result = _result(trainer, recipe, data, reporter)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".model-") as aside:
-        trainer.save_model(aside)
-        if (folder / "model").exists():  # of a run that was killed before its result was written
-            shutil.rmtree(folder / "model")
-        os.rename(aside, folder / "model")
-        os.mkdir(aside)  # for the context to remove
-    plot_curve(folder / "metrics.jsonl", folder / "curve.png", data.baselines)
-    describe(folder, recipe, source, data)
-    write_aside(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    return result
+    return trainer
 
 
 def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -199,7 +231,7 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         eval_strategy="steps",
         eval_steps=recipe.eval_every,
         save_steps=recipe.eval_every,
-        save_total_limit=1,
+        save_total_limit=2,  # the last may turn out to be damaged
         load_best_model_at_end=True,
         metric_for_best_model="accuracy",
         greater_is_better=True,
