@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from .tasks import TASKS
 __all__ = ["Recipe", "check_task", "find_recipe", "layers_of", "recipe_names"]
 
 _GLU = {"gated": True}
+_LAYERS = 10_000
 _FIELD: Any = object()  # the value of the field itself
 _SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
@@ -73,8 +75,11 @@ class Recipe:
         check_task(self.task)
         if self.protocol not in PROTOCOLS:
             raise ConfigError(f"unknown protocol {self.protocol!r}; known: {', '.join(PROTOCOLS)}")
+        for name in ("data", "mixers", "mlp", "layer_pattern"):
+            _check_numbers(f"recipe {self.name}: {name}", getattr(self, name))
         for name in ("d_model", "n_layer", "batch_size", "accumulation", "steps", "log_every", "eval_examples"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
+            self._check(name, 1 <= getattr(self, name) < 1 << 31, "from 1 to 2,147,483,647")
+        self._check("n_layer", self.n_layer <= _LAYERS, f"at most {_LAYERS:,}")
         for name in ("warmup_steps", "weight_decay", "clip", "patience"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._check("learning_rate", 0 < self.learning_rate < math.inf, "positive")
@@ -123,6 +128,20 @@ class Recipe:
             wrong = ", ".join(sorted(values.keys() ^ known))
             raise ConfigError(f"this recipe was written by another version: it differs in {wrong}; start a new run")
         return cls(**values)
+
+
+def _check_numbers(where: str, value: Any) -> None:
+    """Raise ConfigError for numbers that no size or factor can be, wherever they stand in a field."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            _check_numbers(f"{where}.{key}", part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _check_numbers(where, part)
+    elif isinstance(value, (int, float)) and not abs(value) < 1 << 31:
+        raise ConfigError(f"{where} must be a number below 2,147,483,648 in size, got {value!r}")
+    elif isinstance(value, str) and any(int(count) > _LAYERS for count in re.findall(r"\*\s*(\d+)", value)):
+        raise ConfigError(f"{where} repeats layers at most {_LAYERS:,} times, got {value[:60]!r}")
 
 
 # Few arguments: adding five digits modulo ten takes longer to learn than nesting, which the task is about.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from seqlib.errors import ConfigError
 from seqlib.hf.runs import override, write_aside
+from seqlib.mixers import mixer_config, sized
 
 from .data import DataSource
 from .folder import read_json
@@ -20,6 +21,8 @@ from .recipes import Recipe, find_recipe, layers_of
 from .train import train
 
 __all__ = ["configure", "train_seeds"]
+
+_SMALL = 256  # width up to which mixers are sized for small models
 
 
 def train_seeds(
@@ -72,11 +75,22 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def configure(name: str, task: str, settings: Sequence[str], mixer: str | None, protocol: str | None) -> Recipe:
-    """A recipe by name with what the command line changes."""
-    changes = list(settings)
-    if protocol is not None:
-        changes.append(f"protocol={protocol}")
+    """A recipe by name with what the command line changes.
+
+    A mixer that is named there is sized for a small model where it does not say its heads and windows itself, as the
+    suite sizes it: defaults are made for large models.
+    """
+    changes = [] if protocol is None else [f"protocol={protocol}"]
     if mixer is not None:
         layers = {f"m{i or ''}": config for i, config in enumerate(layers_of(mixer))}
         changes += [f"mixers={json.dumps(layers)}", f"layer_pattern={' '.join(layers)}"]
-    return override(find_recipe(name, task), changes)
+    recipe = override(find_recipe(name, task), [*changes, *settings])
+    if mixer is None or recipe.d_model > _SMALL:
+        return recipe
+    mixers = {layer: sized(_checked(config), recipe.d_model) for layer, config in recipe.mixers.items()}
+    return replace(recipe, mixers=mixers)
+
+
+def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    mixer_config(config)  # raises for kinds and fields that do not exist
+    return config

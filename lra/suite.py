@@ -178,7 +178,9 @@ def named_mixers(wanted: Sequence[str], d_model: int) -> dict[str, list[dict[str
     for text in wanted:
         configs = layers_of(text)
         shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for config in configs for k, v in config.items())
-        found[shown] = [sized(mixer_config(config).to_dict(), d_model) for config in configs]
+        for config in configs:
+            mixer_config(config)  # raises for kinds and fields that do not exist
+        found[shown] = [sized(config, d_model) for config in configs]
     return found
 
 

@@ -27,7 +27,7 @@ from seqlib.lra.scores import GROUPS, rows
 from seqlib.lra.store import Examples
 from seqlib.lra.synthetic import Batch
 from seqlib.lra.tasks import TASKS
-from seqlib.mixers import MIXERS, build_mixer
+from seqlib.mixers import MIXERS, build_mixer, looks_ahead, sized
 
 QUIET = Console(quiet=True)
 
@@ -38,6 +38,9 @@ def source(folder: Path) -> training.DataSource:
 
 def tiny(task: str, *settings: str, mixer: str | None = None) -> Recipe:
     return seeds.configure("tiny", task, settings, mixer, None)
+
+
+NEED_OPTIONS = {"sum", "shared"}  # of other mixers
 
 
 class Kill(TrainerCallback):
@@ -265,6 +268,28 @@ def test_wrong_options_are_refused_before_any_work(arguments: list[str], reason:
     call = CliRunner().invoke(cli.app, [a.format(tmp_path) for a in arguments])
     assert call.exit_code and reason in call.output + str(call.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
+CAUSAL = [kind for kind in MIXERS if kind not in NEED_OPTIONS and not looks_ahead({"kind": kind})]
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_mixers_by_name_are_sized_for_the_model(kind: str) -> None:
+    """As the suite sizes them, whatever else is set, and every kind that needs no further option fits."""
+    recipe = seeds.configure("small", "parity", ["d_model=32", "n_layer=1"], kind, None)
+    assert recipe.mixers == {"m": suite.named_mixers([kind], 32)[kind][0]} == {"m": sized({"kind": kind}, 32)}
+    build_mixer(recipe.mixers["m"], 32)
+
+
+def test_what_is_said_of_a_mixer_is_kept() -> None:
+    heads = seeds.configure("small", "parity", ["mixers.m.nheads=1"], "gla", None)
+    assert heads.mixers["m"]["nheads"] == 1
+    default = MIXERS["gla"].Config().nheads  # said, although it is the default
+    said = f'{{"kind": "gla", "nheads": {default}}}'
+    assert seeds.configure("small", "parity", ["d_model=32"], said, None).mixers["m"]["nheads"] == default
+    assert suite.named_mixers([said], 32)[f"gla nheads={default}"][0]["nheads"] == default
+    with pytest.raises(ConfigError, match="unknown mixer kind|needs the mixer"):
+        seeds.configure("small", "parity", [], "gala", None)
 
 
 @pytest.mark.parametrize("task", RECALL)
