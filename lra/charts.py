@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from .scores import COLUMNS, TITLES, Row
 
 __all__ = ["plot_comparison", "plot_curve", "plot_leaderboard", "plot_length", "plot_state"]
 
-_TICKS = 4  # numbers on a logarithmic axis, at most
+_APART = 0.18  # of a logarithmic axis between two of its numbers, at least
 _TRIVIAL: dict[str, Any] = {"color": "gray", "linewidth": 0.8, "linestyle": "--"}
 
 
@@ -138,8 +139,12 @@ def _plain_ticks(axis: Any, values: Sequence[int]) -> None:
     """Label a logarithmic axis with some of the values that occur, as numbers and not as powers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    step = -(-len(values) // _TICKS)
-    axis.set_major_locator(FixedLocator(values[::step]))
+    span = math.log(values[-1] / values[0]) if values else 0.0
+    shown = [values[0]] if values else []
+    for value in values[1:]:
+        if math.log(value / shown[-1]) >= _APART * span:
+            shown.append(value)
+    axis.set_major_locator(FixedLocator(shown))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.set_tick_params(labelsize=7)

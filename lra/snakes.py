@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def pathfinder(
     """
     jobs = [(seed, block, min(_BLOCK, n - block * _BLOCK), shape) for block in range(-(-n // _BLOCK))]
     if processes > 1 and len(jobs) > 1:
-        with get_context("spawn").Pool(processes) as pool:
+        with get_context("spawn").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             blocks = pool.starmap(_pixels, jobs, chunksize=1)
     else:
         blocks = [_pixels(*job) for job in jobs]

@@ -13,21 +13,18 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from typer.testing import CliRunner
 
-from seqlib.bench import markdown
 from seqlib.errors import ConfigError, SeqlibError
 from seqlib.hf.runs import override, read_metrics
-from seqlib.lra import cli, leaderboard, report, seeds, suite
+from seqlib.lra import cli, report, seeds
 from seqlib.lra import train as training
-from seqlib.lra.compare import compare_runs, plot_comparison
 from seqlib.lra.evaluate import collate, invariance, score_examples, score_recall, wilson
 from seqlib.lra.published import PUBLISHED
 from seqlib.lra.recall import RECALL, Stream, make_batch
 from seqlib.lra.recipes import Recipe, find_recipe
-from seqlib.lra.scores import GROUPS, rows
 from seqlib.lra.store import Examples
 from seqlib.lra.synthetic import Batch
 from seqlib.lra.tasks import TASKS
-from seqlib.mixers import MIXERS, build_mixer, looks_ahead, sized
+from seqlib.mixers import MIXERS
 
 QUIET = Console(quiet=True)
 
@@ -38,9 +35,6 @@ def source(folder: Path) -> training.DataSource:
 
 def tiny(task: str, *settings: str, mixer: str | None = None) -> Recipe:
     return seeds.configure("tiny", task, settings, mixer, None)
-
-
-NEED_OPTIONS = {"sum", "shared"}  # of other mixers
 
 
 class Kill(TrainerCallback):
@@ -226,33 +220,6 @@ def test_long_kernels_recall_what_short_ones_cannot(mixer: dict, learns: bool, t
     assert accuracy > 0.75 if learns else accuracy < 0.15
 
 
-def test_runs_of_one_recipe_side_by_side(tmp_path: Path) -> None:
-    """Best first, on the page too; runs that were trained otherwise are no comparison."""
-    for name, mixer, rate in (("a", "gated_conv", "1e-3"), ("b", "linear_transformer", "1e-3"), ("c", "lru", "1e-2")):
-        options = ["--recipe", "tiny", "--mixer", mixer, "--set", f"learning_rate={rate}"]
-        call = CliRunner().invoke(cli.app, ["train", "copying", *options, "--output", str(tmp_path / name)])
-        assert call.exit_code == 0, call.output
-    bench = tmp_path / "bench"
-    bench.mkdir()
-    runs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    files = ["--json", str(bench / "x.json"), "--chart", str(bench / "x.svg")]
-    assert CliRunner().invoke(cli.app, ["compare", *runs, *files]).exit_code == 0
-    found = json.loads((bench / "x.json").read_text())
-    rows = found["comparison"]
-    assert rows[0]["mean"] >= rows[1]["mean"]
-    assert {row["mixers"]["m"]["kind"] for row in rows} == {"gated_conv", "linear_transformer"}
-    score = json.loads((tmp_path / "a" / "summary.json").read_text())["mean"]
-    gain = score - found["baselines"]["any symbol"]
-    page = markdown.page(bench)
-    assert f"| gated_conv | {100 * score:.1f} % | {100 * gain:+.1f} | 12 |" in page and "![x](bench/x.svg)" in page
-    with pytest.raises(ConfigError, match="a chart ends in one of"):
-        plot_comparison(found, bench / "x.txt")
-    with pytest.raises(ConfigError, match="differs in learning_rate"):
-        compare_runs([tmp_path / "a", tmp_path / "c"])
-    with pytest.raises(ConfigError, match="has no summary.json"):
-        compare_runs([tmp_path])
-
-
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -268,28 +235,6 @@ def test_wrong_options_are_refused_before_any_work(arguments: list[str], reason:
     call = CliRunner().invoke(cli.app, [a.format(tmp_path) for a in arguments])
     assert call.exit_code and reason in call.output + str(call.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
-
-
-CAUSAL = [kind for kind in MIXERS if kind not in NEED_OPTIONS and not looks_ahead({"kind": kind})]
-
-
-@pytest.mark.parametrize("kind", CAUSAL)
-def test_mixers_by_name_are_sized_for_the_model(kind: str) -> None:
-    """As the suite sizes them, whatever else is set, and every kind that needs no further option fits."""
-    recipe = seeds.configure("small", "parity", ["d_model=32", "n_layer=1"], kind, None)
-    assert recipe.mixers == {"m": suite.named_mixers([kind], 32)[kind][0]} == {"m": sized({"kind": kind}, 32)}
-    build_mixer(recipe.mixers["m"], 32)
-
-
-def test_what_is_said_of_a_mixer_is_kept() -> None:
-    heads = seeds.configure("small", "parity", ["mixers.m.nheads=1"], "gla", None)
-    assert heads.mixers["m"]["nheads"] == 1
-    default = MIXERS["gla"].Config().nheads  # said, although it is the default
-    said = f'{{"kind": "gla", "nheads": {default}}}'
-    assert seeds.configure("small", "parity", ["d_model=32"], said, None).mixers["m"]["nheads"] == default
-    assert suite.named_mixers([said], 32)[f"gla nheads={default}"][0]["nheads"] == default
-    with pytest.raises(ConfigError, match="unknown mixer kind|needs the mixer"):
-        seeds.configure("small", "parity", [], "gala", None)
 
 
 @pytest.mark.parametrize("task", RECALL)
@@ -413,73 +358,6 @@ def test_settings_change_recipes() -> None:
         tiny("mqar", mixer='{"kind": mamba}')
     with pytest.raises(ConfigError, match="there is no recipe 's4' for mqar"):
         find_recipe("s4", "mqar")
-
-
-def test_published_averages_recompute() -> None:
-    """Every published average follows from its row in one of both conventions, but for two."""
-    wrong = set()
-    for row in rows():
-        if row.published_average is not None:
-            distances = [
-                abs(v - row.published_average) for v in (row.average(False), row.average(True)) if v is not None
-            ]
-            wrong |= {row.model} if min(distances) > 0.051 and "Table 3" not in row.source else set()
-            assert min(distances) < 0.25, row.model
-    assert wrong == {"Sinkhorn", "RWKV-4"}
-    transformer = next(row for row in rows("jax") if row.model == "Transformer")
-    assert transformer.average(False) == pytest.approx(54.39, abs=0.01)
-    assert transformer.average(True) == pytest.approx(53.66, abs=0.01)
-
-
-def test_table_holds_published_and_own_rows(tmp_path: Path) -> None:
-    seeds.train_seeds(tiny("listops", "steps=4"), source(tmp_path), tmp_path / "mine", [0, 1], console=QUIET)
-    leaderboard.show([tmp_path / "mine"], None, tmp_path / "out", QUIET)
-    written = {path.name: path for path in (tmp_path / "out").iterdir()}
-    assert set(written) == {"table.txt", "table.md", "table.json", "table.png"}
-    values = json.loads(written["table.json"].read_text())
-    assert set(values["published"]) == set(GROUPS) and values["ours"][0]["seeds"] == [0, 1]
-    for name in ("table.txt", "table.md"):
-        text = written[name].read_text()
-        assert "Megalodon" in text and "mine (tiny)" in text and "±" in text
-    with pytest.raises(ConfigError, match="no summary.json"):
-        leaderboard.show([tmp_path], None, None, QUIET)
-
-
-def test_suite_ranks_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = (
-        suite.Trial("parity 8", "parity", {"seqlen": 8}, 50),
-        suite.Trial("copy", "copying", {"seqlen": 16, "tokens": 2}, 50),
-    )
-    monkeypatch.setitem(suite.TIERS, "smoke", suite.Tier(trials, 5, d_model=16, n_layer=1, batch_size=8))
-    asked = {
-        "mixers": ["mamba", '{"kind": "attention", "nheads": 2}'],
-        "seeds": 1,
-        "folder": tmp_path,
-        "console": QUIET,
-    }
-    part = suite.run_suite("smoke", minutes=0, **asked)
-    assert part["left_out"] == 4 and part["rows"] == []
-    result = suite.run_suite("smoke", minutes=5, **asked)
-    assert {entry["mixer"] for entry in result["ranking"]} == {"mamba", "attention nheads=2"} and len(
-        result["rows"]
-    ) == 4
-    means = [entry["mean"] for entry in result["ranking"]]
-    assert means == sorted(means, reverse=True)
-    assert result["rows"][0]["by_length"].keys() == {"8", "16", "32"}
-    assert {"suite.json", "suite.md", "state.png", "length.png"} <= {path.name for path in tmp_path.iterdir()}
-    monkeypatch.setattr(suite, "train", None)  # nothing is trained a second time
-    assert suite.run_suite("smoke", minutes=5, **asked)["rows"] == result["rows"]
-    with pytest.raises(ConfigError, match="unknown mixer kind 'x'"):
-        suite.run_suite("smoke", minutes=5, **(asked | {"mixers": ["x"]}))
-
-
-# These two have no size of their own: they say which mixers they are made of.
-@pytest.mark.parametrize("kind", sorted(MIXERS.keys() - {"shared", "sum"}))
-def test_every_mixer_has_a_size_for_the_suite(kind: str) -> None:
-    for d_model in (16, 64):
-        ((config,),) = suite.named_mixers([kind], d_model).values()
-        mixer = build_mixer(config, d_model)
-        assert mixer.state_bytes(1, 64) < 1 << 20
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
