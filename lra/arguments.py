@@ -32,7 +32,7 @@ Settings = Annotated[
 Protocol = Annotated[str, typer.Option(help="seqlib, lra, s4 or nys: how data is cut, split and read.")]
 AnySize = Annotated[bool, typer.Option("--any-size", help="Accept other sizes and lengths than the published ones.")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of prepared data; default: the cache of `datasets`.")]
-Processes = Annotated[int, typer.Option(min=1, help="Processes that generate images, at most.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes that generate images; at most one per core.")]
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed of generated data.")]
 
 

@@ -215,7 +215,9 @@ def suite(
         float | None, typer.Option(min=0, help="No run begins after this long; default: the tier's, per seed.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder; finished runs in it are kept.")] = Path("runs/suite"),
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time, each on one thread if there are several.")] = 2,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Runs at a time, each on one thread; at most one per core.")
+    ] = 2,
 ) -> None:
     """Rank mixers on recall and state tracking: accuracy, steps to 90 %, state size, longer sequences."""
     from .suite import run_suite

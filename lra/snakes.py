@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -98,7 +99,8 @@ def pathfinder(
     Blocks of images have random streams of their own, so the result does not depend on `processes`.
     """
     jobs = [(seed, block, min(_BLOCK, n - block * _BLOCK), shape) for block in range(-(-n // _BLOCK))]
-    if processes > 1 and len(jobs) > 1:
+    processes = min(processes, len(jobs), os.cpu_count() or 1)
+    if processes > 1:
         with get_context("spawn").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             blocks = pool.starmap(_pixels, jobs, chunksize=1)
     else:

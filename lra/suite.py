@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import statistics
 import time
@@ -119,7 +120,7 @@ def run_suite(
     Args:
         mixers: kinds, kinds that take turns ("gated_conv based") or JSON configs; None: `MIXERS_TO_RANK`.
         minutes: no run begins after this long; None: the tier's own limit times `seeds`.
-        processes: runs at a time, each on one thread if there are several.
+        processes: runs at a time, each on one thread if there are several; at most one per core.
 
     Raises:
         ConfigError: an unknown tier or mixer, or one that looks ahead.
@@ -206,6 +207,7 @@ def _recipe(plan: Tier, trial: Trial, layers: Sequence[Mapping[str, Any]], seed:
 
 
 def _each(jobs: Sequence[_Job], processes: int) -> Iterator[dict[str, Any] | None]:
+    processes = min(processes, len(jobs), os.cpu_count() or 1)
     if processes == 1:
         yield from map(_run, jobs)
         return

@@ -183,14 +183,33 @@ def test_curve_of_a_run_without_an_evaluation_has_one_panel(monkeypatch, tmp_pat
 
 def test_suite_says_where_its_results_are_and_nothing_of_others(tmp_path: Path) -> None:
     """In processes of their own, as the command line runs it."""
-    code = "from seqlib.lra import suite, cli\nif __name__ == '__main__':\n    cli.main()\n"
+    code = """
+from seqlib.lra import cli, suite
+if __name__ == "__main__":
+    trials = (suite.Trial("parity 8", "parity", {"seqlen": 8}, 50),)
+    suite.TIERS["smoke"] = suite.Tier(trials, 5, d_model=16, n_layer=1, batch_size=8)
+    cli.main()
+"""
     (tmp_path / "run.py").write_text(code)
-    options = ["suite", "smoke", "--mixer", "gated_conv", "--minutes", "0.01", "--output", str(tmp_path / "s")]
-    call = subprocess.run(
-        [sys.executable, str(tmp_path / "run.py"), *options], capture_output=True, text=True, check=True
-    )
+    command = [
+        sys.executable,
+        str(tmp_path / "run.py"),
+        "suite",
+        "smoke",
+        "--mixer",
+        "mamba",
+        "--mixer",
+        "lru",
+        "--output",
+        "s",
+    ]
+    call = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert call.stderr == ""
-    assert "written to" in call.stdout and "state.png, length.png" in " ".join(call.stdout.split())
+    assert (
+        "parity 8  mamba  seed 0: " in call.stdout
+        and "written to s:" in call.stdout
+        and "state.png, length.png" in " ".join(call.stdout.split())
+    )
 
 
 def test_suite_does_not_show_runs_of_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
