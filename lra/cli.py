@@ -23,6 +23,7 @@ from .arguments import (
     Protocol,
     Seed,
     Settings,
+    for_folder,
     for_output,
     generated_with,
     given,
@@ -112,7 +113,7 @@ def train(
     protocol: Annotated[str | None, typer.Option(help="seqlib, lra, s4 or nys; default: the recipe's.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds 0, 1, ...")] = 1,
     settings: Settings = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the runs.")] = None,
+    output: Annotated[Path | None, typer.Option(callback=for_folder, help="Folder for the runs.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of runs to continue; nothing else is given then.")] = None,
     data: Data = None,
     any_size: AnySize = False,
@@ -214,7 +215,9 @@ def suite(
     minutes: Annotated[
         float | None, typer.Option(min=0, help="No run begins after this long; default: the tier's, per seed.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder; finished runs in it are kept.")] = Path("runs/suite"),
+    output: Annotated[Path, typer.Option(callback=for_folder, help="Folder; finished runs in it are kept.")] = Path(
+        "runs/suite"
+    ),
     processes: Annotated[
         int, typer.Option(min=1, help="Runs at a time, each on one thread; at most one per core.")
     ] = 2,
@@ -274,7 +277,9 @@ def throughput(
 def table(
     runs: Annotated[list[Path] | None, typer.Argument(help="Folders with a summary.json to show beside it.")] = None,
     group: Annotated[str | None, typer.Option(help="jax, small or ssm; default: all published rows.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for table.txt, .md, .json and .png.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(callback=for_folder, help="Folder for table.txt, .md, .json and .png.")
+    ] = None,
 ) -> None:
     """The published leaderboard with sources, our runs beside it, and both ways of averaging."""
     from .leaderboard import show

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class DataSource:
 
     def absolute(self) -> DataSource:
         """The same source, named so that it is found from every folder."""
-        paths = [None if path is None else str(Path(path).resolve()) for path in (self.folder, self.cache)]
+        paths = [None if path is None else os.path.abspath(path) for path in (self.folder, self.cache)]
         return DataSource(paths[0], self.any_size, paths[1], self.processes)
 
 

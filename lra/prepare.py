@@ -61,8 +61,10 @@ def prepare(
         key |= {"generated": options, "seed": seed}
     elif data is None:
         key |= {"hub": task.hub}
+    elif not data.exists():
+        raise CorpusError(f"{data} does not exist; {task.title} needs {task.where}")
     else:
-        key |= {"data": str(data.resolve()), "files": _fingerprint_of_files(task, data)}
+        key |= {"data": os.path.abspath(data), "files": _fingerprint_of_files(task, data)}
     folder = cache_folder(cache) / f"{task.name}-{fingerprint(key)}"
     found = load(folder)
     if found is None:
@@ -145,7 +147,7 @@ def _read(task: Task, rules: Protocol, data: Path | None) -> Prepared:
             except NotHere as error:
                 raise task.missing(data) from error
     if not data.is_dir():
-        raise CorpusError(f"{data} does not exist; {task.title} needs {task.where}")
+        raise CorpusError(f"{data} is neither a folder nor a file; {task.title} needs {task.where}")
     return _within(task, data, rules)
 
 

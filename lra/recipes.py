@@ -106,12 +106,18 @@ class Recipe:
                 f"recipe {self.name} needs the mixer {', '.join(absent)}, which this version does not have; "
                 f"it has: {', '.join(MIXERS)}"
             )
-        ahead = sorted({str(m["kind"]) for m in self.mixers.values() if looks_ahead(m)})
+        ahead = sorted({str(m["kind"]) for name, m in self.mixers.items() if self._looks_ahead(name, m)})
         if self.task in RECALL and ahead:
             raise ConfigError(
                 f"recipe {self.name}: {', '.join(ahead)} reads what follows, and {self.task} asks for the next token; "
                 "use a causal mixer"
             )
+
+    def _looks_ahead(self, name: str, mixer: Mapping[str, Any]) -> bool:
+        try:
+            return looks_ahead(mixer)
+        except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+            raise ConfigError(f"recipe {self.name}: mixers.{name} has a value of another type ({error})") from error
 
     def _check(self, name: str, right: bool, allowed: str, value: Any = _FIELD) -> None:
         if not right:

@@ -14,7 +14,7 @@ from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from seqlib.dispatch import use_backend, used
-from seqlib.errors import ConfigError
+from seqlib.errors import ConfigError, SeqlibError
 from seqlib.hf import (
     SeqlibConfig,
     SeqlibForCausalLM,
@@ -53,13 +53,23 @@ def build_model(recipe: Recipe, data: RunData) -> Any:
         "max_position_embeddings": data.seqlen,
     }
     if data.task is None:
-        return SeqlibForCausalLM(SeqlibConfig(**shared))
+        return _built(recipe, SeqlibForCausalLM, shared)
     task = data.task.task
     shared |= {"num_labels": task.classes, "pad_token_id": data.pad}
     shared |= {"embedding": "number"} if recipe.numbers else {}
     shared |= {"pooling": protocol.pooling, "pair_head": protocol.pair_head}
     classes: Any = SeqlibForSequenceClassification if task.width == 1 else SeqlibForPairClassification
-    return classes(SeqlibConfig(**shared))
+    return _built(recipe, classes, shared)
+
+
+def _built(recipe: Recipe, classes: Any, fields: dict[str, Any]) -> Any:
+    try:
+        return classes(SeqlibConfig(**fields))
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        if isinstance(error, SeqlibError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"recipe {recipe.name} describes no model ({reason}); see its mixers and mlp") from error
 
 
 def check_length(model: Any, seqlen: int) -> None:
