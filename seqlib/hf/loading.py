@@ -71,7 +71,8 @@ def refuse_sizes(source: object, values: Mapping[str, Any], shapes: Mapping[str,
     """
     refuse_layers(source, values, shapes)
     total = sum(math.prod(shape) for shape in shapes.values())
-    widths = {name: values.get(name) for name in ("d_model", "vocab_size")}
+    sizes = ("d_model",) if values.get("embedding") == "number" else ("d_model", "vocab_size")  # ids are then no rows
+    widths = {name: values.get(name) for name in sizes}
     for part in ("mixers", "mlp", "blocks", "aside"):
         widths |= _integers(part, values.get(part))
     d_model = widths["d_model"] if isinstance(widths["d_model"], int) else 1
