@@ -13,7 +13,7 @@ from typing import Any
 
 from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
-from seqlib.mixers import MIXERS, looks_ahead
+from seqlib.mixers import MIXERS, looks_ahead, mixer_config
 
 from .prepare import generator_options
 from .protocols import PROTOCOLS
@@ -21,7 +21,7 @@ from .published import PUBLISHED
 from .recall import RECALL, full_options
 from .tasks import TASKS
 
-__all__ = ["Recipe", "check_task", "find_recipe", "layers_of", "recipe_names"]
+__all__ = ["Recipe", "check_task", "checked_mixer", "find_recipe", "layers_of", "recipe_names"]
 
 _GLU = {"gated": True}
 _LAYERS = 10_000
@@ -106,18 +106,18 @@ class Recipe:
                 f"recipe {self.name} needs the mixer {', '.join(absent)}, which this version does not have; "
                 f"it has: {', '.join(MIXERS)}"
             )
-        ahead = sorted({str(m["kind"]) for name, m in self.mixers.items() if self._looks_ahead(name, m)})
+        ahead = sorted(
+            {
+                str(m["kind"])
+                for name, m in self.mixers.items()
+                if looks_ahead(checked_mixer(f"recipe {self.name}: mixers.{name}", m))
+            }
+        )
         if self.task in RECALL and ahead:
             raise ConfigError(
                 f"recipe {self.name}: {', '.join(ahead)} reads what follows, and {self.task} asks for the next token; "
                 "use a causal mixer"
             )
-
-    def _looks_ahead(self, name: str, mixer: Mapping[str, Any]) -> bool:
-        try:
-            return looks_ahead(mixer)
-        except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-            raise ConfigError(f"recipe {self.name}: mixers.{name} has a value of another type ({error})") from error
 
     def _check(self, name: str, right: bool, allowed: str, value: Any = _FIELD) -> None:
         if not right:
@@ -221,6 +221,19 @@ def layers_of(text: str) -> list[dict[str, Any]]:
     if not isinstance(found.get("kind"), str):
         raise ConfigError(f'--mixer needs a kind, like {{"kind": "mamba"}}, got {text}')
     return [found]
+
+
+def checked_mixer(where: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of a mixer, as it was given.
+
+    Raises:
+        ConfigError: a kind or field that does not exist, or a value that its field cannot take.
+    """
+    try:
+        mixer_config(config)
+    except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(f"{where} has a value of another type than its field ({error})") from error
+    return config
 
 
 def check_task(name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from seqlib.errors import ConfigError
 from seqlib.hf.runs import override, write_aside
-from seqlib.mixers import mixer_config, sized
+from seqlib.mixers import sized
 
 from .data import DataSource
 from .folder import read_json
@@ -87,10 +87,5 @@ def configure(name: str, task: str, settings: Sequence[str], mixer: str | None, 
     recipe = override(find_recipe(name, task), [*changes, *settings])
     if mixer is None or recipe.d_model > _SMALL:
         return recipe
-    mixers = {layer: sized(_checked(config), recipe.d_model) for layer, config in recipe.mixers.items()}
+    mixers = {layer: sized(config, recipe.d_model) for layer, config in recipe.mixers.items()}
     return replace(recipe, mixers=mixers)
-
-
-def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    mixer_config(config)  # raises for kinds and fields that do not exist
-    return config

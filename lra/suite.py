@@ -20,7 +20,7 @@ from rich.table import Table
 from seqlib.bench.clock import machine
 from seqlib.errors import ConfigError
 from seqlib.hf.runs import read_metrics, write_aside
-from seqlib.mixers import mixer_config, sized
+from seqlib.mixers import sized
 
 from .charts import plot_length, plot_state
 from .console import quiet
@@ -29,7 +29,7 @@ from .evaluate import score_recall
 from .folder import open_run, read_json
 from .keep import locked
 from .recall import get_recall, make_batch
-from .recipes import Recipe, layers_of
+from .recipes import Recipe, checked_mixer, layers_of
 from .report import load_model
 from .train import train
 
@@ -179,9 +179,7 @@ def named_mixers(wanted: Sequence[str], d_model: int) -> dict[str, list[dict[str
     for text in wanted:
         configs = layers_of(text)
         shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for config in configs for k, v in config.items())
-        for config in configs:
-            mixer_config(config)  # raises for kinds and fields that do not exist
-        found[shown] = [sized(config, d_model) for config in configs]
+        found[shown] = [sized(checked_mixer(f"--mixer {text}", config), d_model) for config in configs]
     return found
 
 
