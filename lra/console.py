@@ -45,6 +45,8 @@ def run(app: Callable[[], None]) -> None:
         _stop(str(error) or "out of memory; take a smaller model, batch or data set")
     except UnicodeError as error:
         _stop(f"a name or text cannot be written in UTF-8 ({error})")
+    except RecursionError:
+        _stop("a file or value is nested too deeply to be one of ours")
     except RuntimeError as error:  # of torch, which has no class of its own for these
         if not any(part in str(error) for part in _NO_MEMORY):
             raise

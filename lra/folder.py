@@ -32,7 +32,13 @@ def read_json(path: Path, take: Callable[[Any], T]) -> T:
     """
     try:
         return take(json.loads(path.read_text("utf-8")))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # ConfigError passes: it says more
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # ConfigError passes: it says more
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} cannot be read ({error!r}); start a new run in another --output") from error

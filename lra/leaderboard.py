@@ -24,6 +24,8 @@ from .scores import COLUMNS, GROUPS, TITLES, Row, rows
 
 __all__ = ["own_rows", "show"]
 
+_NEEDED = ("task", "seeds", "protocol", "recipe", "mixers", "layer_pattern", "data", "baselines", "mean", "std",
+           "accuracies", "interval", "steps", "seconds", "parameters", "state_bytes", "failed_seeds")  # fmt: skip
 _WIDE = 140  # columns of the files, and of terminals that have them
 
 
@@ -71,7 +73,7 @@ def own_rows(folders: Sequence[Path]) -> list[dict[str, Any]]:
         path = folder / "summary.json"
         if not path.is_file():
             raise ConfigError(f"{folder} has no summary.json; give folders that seqlib-lra train has finished")
-        summary = read_json(path, lambda values: {key: values[key] for key in ("task", "seeds")} | values)
+        summary = read_json(path, lambda values: {key: values[key] for key in _NEEDED} | values)
         if summary.get("reduced") is None:  # an early version did not say
             summary["reduced"] = _reduced(folder, summary)
         found.append(summary | {"folder": folder.name})

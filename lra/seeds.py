@@ -22,6 +22,8 @@ from .train import train
 
 __all__ = ["configure", "train_seeds"]
 
+_NEEDED = ("task", "protocol", "recipe", "mixers", "layer_pattern", "data", "baselines", "parameters", "state_bytes",
+           "seqlen", "test", "seed", "failed", "steps", "seconds")  # fmt: skip
 _SMALL = 256  # width up to which mixers are sized for small models
 
 
@@ -37,7 +39,7 @@ def train_seeds(
         part = folder / f"seed-{seed}"
         done = part / "result.json"
         if done.is_file():
-            results.append(read_json(done, dict))
+            results.append(read_json(done, lambda values: {key: values[key] for key in _NEEDED} | values))
             continue
         begun = (part / "recipe.json").is_file()
         results.append(train(replace(recipe, seed=seed), source, part, console=console, resume=begun))
