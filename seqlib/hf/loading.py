@@ -12,6 +12,7 @@ from torch import nn
 
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.files import HUB_OPTIONS, WeightFiles, read_json
+from seqlib.layers.linear import is_plain
 
 __all__ = ["listed", "load_checked", "refuse_layers", "refuse_not_finite", "refuse_sizes"]
 
@@ -126,6 +127,8 @@ def refuse_not_finite(source: Any, model: nn.Module) -> None:
 def _finite(weight: torch.Tensor) -> bool:
     if weight.device.type == "meta" or not weight.is_floating_point() or not weight.numel():
         return True
+    if not is_plain(weight):
+        return True  # quantised while it was loaded; such classes know few operations
     low, high = torch.aminmax(weight.detach())  # both are NaN if one entry is
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

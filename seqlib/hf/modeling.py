@@ -30,7 +30,7 @@ from seqlib.hf.loading import load_checked
 from seqlib.hf.names import CACHE, CACHE_NAMES, given_cache, output, refuse_unknown, returned_cache
 from seqlib.hf.rollback import Span
 from seqlib.layers.init import normal_
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, ordinary, weight_is_all
 from seqlib.layers.mlp import MLP
 from seqlib.layers.moe import MoE
 from seqlib.layers.norm import RMSNorm
@@ -93,6 +93,11 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 module.gradient_checkpointing, module.checkpoint_every = enable, every_n_layers
                 module._gradient_checkpointing_func = gradient_checkpointing_func
 
+    def post_init(self) -> None:
+        super().post_init()
+        if getattr(self.config, "quantization_config", None) is not None:
+            ordinary(self)  # quantisers look for that type
+
     def init_weights(self) -> None:
         self.tie_weights()  # every part has initialised itself in its constructor
 
@@ -104,7 +109,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
             owned = (*module.parameters(), *module.buffers())
             if all(getattr(tensor, "_is_hf_initialized", False) for tensor in owned):
                 continue
-            if isinstance(module, nn.Embedding) or module in heads:
+            if isinstance(module, (nn.Embedding, NumberEmbedding)) or module in heads:
                 self._init_weights(module)
             elif isinstance(module, (Mixer, MLP, MoE, RMSNorm, Aside, AsideUse, LowRank)):
                 module.reset_parameters()
@@ -112,7 +117,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """An embedding or a head; transformers also calls it for the rows of a larger embedding."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding, NumberEmbedding)):
             normal_(module.weight, self.config.initializer_range)
 
 
@@ -309,7 +314,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         labels = labels if labels is None else _after_tokens(labels, attention_mask)
-        plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
+        plain = weight_is_all(self.lm_head)
         shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
         if labels is not None and shift_labels is None and not return_logits and plain:
             loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items, **shape)

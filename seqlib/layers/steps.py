@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seqlib import native
 from seqlib.dispatch import may_be_native
-from seqlib.layers.linear import Linear, unwatched
+from seqlib.layers.linear import Linear, is_plain, unwatched
 from seqlib.ops.linear import FEW_ROWS
 
 __all__ = ["plain", "project", "why_ops_apart"]
@@ -71,7 +71,7 @@ def plain(layers: Sequence[nn.Module], rows: int, x: Tensor) -> tuple[list[Tenso
             return None
         own = layer._parameters  # attributes of a module take longer to find than the rest together
         weight = own["weight"]
-        if weight is None or weight.dtype != x.dtype:
+        if weight is None or weight.dtype != x.dtype or not is_plain(weight):
             return None
         weights.append(weight)
         biases.append(own["bias"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from seqlib.layers.linear import Linear, unwatched
+from seqlib.layers.linear import Linear, is_plain, unwatched
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.short_conv import ShortConv
 from seqlib.layers.steps import why_ops_apart
@@ -31,4 +31,6 @@ def why_apart(
     for m in mixer._modules.values() if norm is None else (norm, *mixer._modules.values()):
         if m is not None and (type(m) not in _PARTS or not unwatched(m)):
             return f"{type(m).__name__} is not of this library, or has hooks"
+        if type(m) is Linear and not is_plain(m.weight):
+            return f"a weight is a {type(m.weight).__name__}"
     return why_ops_apart(x, *ops, device=device, config=mixer.config.backend)
