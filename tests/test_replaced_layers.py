@@ -8,10 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_mixers import D_MODEL, ROWS
 from torch import Tensor, nn
 
+from seqlib.errors import UnsupportedInput
+from seqlib.hf import SeqlibConfig, SeqlibForCausalLM, SeqlibForSequenceClassification
+from seqlib.layers.linear import Linear, ordinary
 from seqlib.mixers import build_mixer, looks_ahead, mixer_config
 
 LENGTH = 9
@@ -128,3 +131,114 @@ def test_adapters_of_every_linear_layer_learn_decode_and_merge(row: dict) -> Non
         torch.testing.assert_close(decoded(inner, x), y.detach(), rtol=1e-3, atol=1e-4)
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(x)[0], y, rtol=1e-3, atol=1e-4)
+
+
+MODELS: dict[str, dict] = {
+    "mamba": {"mixer": {"kind": "mamba", "d_state": 4}},
+    "hyena": {"mixer": {"kind": "hyena", "l_max": 32, "d_filter": 8}},
+    "experts": {"mixer": {"kind": "attention", "nheads": 2}, "mlp": {"d_mlp": 32, "nexperts": 4}},
+    "scaled": {"mixer": {"kind": "gla", "nheads": 2}, "embed_scale": 3.0},
+    "shared": {
+        "layer_pattern": "s s",
+        "mixers": {"s": {"kind": "shared", "mixer": {"kind": "attention", "nheads": 2}, "adapter_rank": 2}},
+    },
+}
+IDS = torch.tensor([[5, 9, 3, 1, 7, 2, 8], [4, 4, 6, 2, 9, 1, 3]])
+
+
+def model_of(name: str, kind: type = SeqlibForCausalLM, **changes) -> SeqlibForCausalLM:
+    torch.manual_seed(0)
+    return kind(SeqlibConfig(**{"d_model": 32, "n_layer": 2, "vocab_size": 40} | MODELS[name] | changes)).eval()
+
+
+TARGETS = [
+    *(("all-linear", options) for options in ({}, {"use_dora": True}, {"use_rslora": True})),
+    *((heads, {}) for heads in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"])),
+]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("targets", "options"), TARGETS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_merging_an_adapter_changes_nothing(name: str, targets, options: dict, tied: bool, tmp_path) -> None:
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options)
+    adapted = get_peft_model(model_of(name, tie_word_embeddings=tied), config).eval()
+    logits = adapted(IDS).logits
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapted.parameters() if p.requires_grad)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(model_of(name, tie_word_embeddings=tied), tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(IDS).logits, logits)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-3, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    opened = SeqlibForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(opened(IDS).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_of_a_classifier_merge(name: str) -> None:
+    model = model_of(name, SeqlibForSequenceClassification, num_labels=3, pad_token_id=0)
+    config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    logits = adapted(IDS).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+def test_an_embedding_of_numbers_is_no_table_to_adapt() -> None:
+    model = model_of("mamba", SeqlibForSequenceClassification, embedding="number", pad_token_id=0)
+    with pytest.raises(ValueError, match="NumberEmbedding"):
+        get_peft_model(model, LoraConfig(target_modules=["embed_tokens"]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_calls_a_head_that_was_replaced(name: str) -> None:
+    model = model_of(name, tie_word_embeddings=False)
+    small, same = packed(model)
+    for return_logits in (True, False):
+        loss, want = (m(IDS, labels=IDS, return_logits=return_logits).loss for m in (small, same))
+        torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantize_dynamic_is_refused_or_converts_every_layer() -> None:
+    from torch.ao.quantization import quantize_dynamic
+
+    model = model_of("mamba", tie_word_embeddings=False)
+    with pytest.raises(UnsupportedInput, match="ordinary"):
+        quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert any(type(m) is Linear for m in model.modules())
+    with torch.no_grad():
+        logits = model(IDS).logits
+        small = quantize_dynamic(ordinary(model), {nn.Linear}, dtype=torch.qint8)
+        assert not list(linears(small))
+        assert (small(IDS).logits - logits).norm() < 0.1 * logits.norm()
+
+
+def quantised_by(package: str, folder) -> SeqlibForCausalLM:
+    """The model of a folder, in 8 bits by one of the packages that transformers knows."""
+    from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+
+    pytest.importorskip(package, reason=f"{package} is not installed; the laws above hold without it")
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True) if package == "bitsandbytes" else QuantoConfig(weights="int8")
+    return SeqlibForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu").eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao", "optimum.quanto"])
+def test_quantisers_quantise_every_linear_layer(package: str, name: str, tmp_path) -> None:
+    model = model_of(name, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    small = quantised_by(package, tmp_path)
+    left = [n for n, m in linears(small) if type(m) in (Linear, nn.Linear) and type(m.weight) is nn.Parameter]
+    assert set(left) <= {"lm_head"}
+    with torch.no_grad():
+        for ids in (IDS, IDS[:1, :3]):
+            assert (small(ids).logits - model(ids).logits).norm() < 0.1 * model(ids).logits.norm()
+    said = [small.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*said)

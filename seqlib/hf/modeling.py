@@ -98,6 +98,14 @@ class SeqlibPreTrainedModel(PreTrainedModel):
         if getattr(self.config, "quantization_config", None) is not None:
             ordinary(self)  # quantisers look for that type
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("embed_tokens", "lm_head") and hasattr(value, "base_layer") and self.config.tie_word_embeddings:
+            # An adapter of PEFT on one of two layers with one weight: merged, it would change the other as well.
+            base = value.base_layer
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+            self.config.tie_word_embeddings = False
+        super().__setattr__(name, value)
+
     def init_weights(self) -> None:
         self.tie_weights()  # every part has initialised itself in its constructor
 
