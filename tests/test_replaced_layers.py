@@ -242,3 +242,61 @@ def test_quantisers_quantise_every_linear_layer(package: str, name: str, tmp_pat
             assert (small(ids).logits - model(ids).logits).norm() < 0.1 * model(ids).logits.norm()
     said = [small.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_learn_the_same_under_gradient_checkpointing(name: str, reentrant: bool) -> None:
+    adapted = get_peft_model(model_of(name), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted.train()
+    learned = [p for p in adapted.parameters() if p.requires_grad]
+    plain = torch.autograd.grad(adapted(IDS, labels=IDS).loss, learned)
+    adapted.enable_input_require_grads()
+    adapted.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    adapted(IDS, labels=IDS).loss.backward()
+    for p, want in zip(learned, plain, strict=True):
+        assert p.grad is not None and p.grad.any()
+        torch.testing.assert_close(p.grad, want)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_in_float32_beside_a_model_in_16_bits(name: str) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model_of(name).bfloat16(), config).eval()
+    adapted(IDS, labels=IDS).loss.backward()
+    learned = [p for p in adapted.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.any() for p in learned)
+    with torch.no_grad():
+        logits = adapted(IDS).logits
+        merged = adapted.merge_and_unload()(IDS).logits
+    assert logits.dtype == torch.bfloat16 and (merged - logits).norm() < 0.1 * logits.norm()
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"], ["norm"]], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_modules_to_save_are_saved_and_merged(name: str, modules: list[str], tmp_path) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", modules_to_save=modules, init_lora_weights=False)
+    adapted = get_peft_model(model_of(name), config).eval()
+    with torch.no_grad():
+        for key, p in adapted.named_parameters():
+            if "modules_to_save" in key:
+                p.add_(0.1 * torch.randn_like(p))
+    logits = adapted(IDS).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(model_of(name), tmp_path / "adapter").eval()(IDS).logits, logits
+    )
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    opened = SeqlibForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(opened(IDS).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_that_were_added_up_merge(name: str) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model_of(name), config, "a")
+    adapted.add_adapter("b", config)
+    adapted.add_weighted_adapter(["a", "b"], [0.5, -1.0], "both", combination_type="cat")
+    adapted.set_adapter("both")
+    logits = adapted.eval()(IDS).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, logits, rtol=1e-3, atol=1e-4)
