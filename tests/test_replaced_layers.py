@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_mixers import D_MODEL, ROWS
 from torch import Tensor, nn
 
@@ -300,3 +300,29 @@ def test_adapters_that_were_added_up_merge(name: str) -> None:
     adapted.set_adapter("both")
     logits = adapted.eval()(IDS).logits
     torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, logits, rtol=1e-3, atol=1e-4)
+
+
+PROMPTS = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "num_layers": 2, "token_dim": 32}
+PROMPTS |= {"num_attention_heads": 2, "num_transformer_submodules": 1}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tuned_prompt_stands_before_the_text_once(name: str) -> None:
+    model = model_of(name, tie_word_embeddings=False, initializer_range=0.5)
+    tuned = get_peft_model(model, PromptTuningConfig(**PROMPTS)).eval()
+    with torch.no_grad():
+        tuned.prompt_encoder.default.embedding.weight.mul_(3)
+        ids = IDS[:1]
+        for _ in range(6):
+            ids = torch.cat([ids, tuned(ids).logits[:, -1:].argmax(-1)], 1)
+    for cached in (True, False):
+        said = tuned.generate(
+            input_ids=IDS[:1], max_new_tokens=6, do_sample=False, use_cache=cached, eos_token_id=None, pad_token_id=39
+        )
+        assert said.tolist() == ids.tolist()
+
+
+def test_prefixes_of_keys_and_values_are_refused() -> None:
+    tuned = get_peft_model(model_of("mamba"), PrefixTuningConfig(**PROMPTS))
+    with pytest.raises(UnsupportedInput, match="SeqlibCache"):
+        tuned(IDS, labels=IDS)

@@ -354,7 +354,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         whole = attention_mask is None or attention_mask.shape[-1] == input_ids.shape[1]
         if next_sequence_length is None and is_first_iteration and whole and 0 < seen < input_ids.shape[1]:
             next_sequence_length = input_ids.shape[1] - seen
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -362,6 +362,9 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if CACHE in inputs:
+            inputs[CACHE_NAMES[-1]] = inputs.pop(CACHE)  # prompt tuning of PEFT knows the older name only
+        return inputs
 
     def _prepare_cache_for_generation(  # type: ignore[override] # it returns nothing, whatever its annotation says
         self,
