@@ -50,7 +50,7 @@ def _look(source: Any, options: Mapping[str, Any]) -> None:
 
 
 _LAYERS = ("n_layer", "num_hidden_layers", "n_layers", "num_blocks", "decoder_layers", "num_layers")
-_FREE = ("window", "l_max", "seed", "layer", "depth")
+_FREE = ("window", "l_max", "seed", "layer", "depth", "chunk_size", "block", "block_size", "bucket")
 """Integers of mixers that say nothing about the size of a weight."""
 
 
