@@ -34,6 +34,7 @@ from seqlib.layers.linear import Linear, ordinary, weight_is_all
 from seqlib.layers.mlp import MLP
 from seqlib.layers.moe import MoE
 from seqlib.layers.norm import RMSNorm
+from seqlib.layers.watched import has_hooks
 from seqlib.mixers import Mixer, looks_ahead
 from seqlib.models.aside import Aside, AsideUse, LowRank
 from seqlib.models.backbone import Backbone
@@ -239,7 +240,7 @@ class SeqlibModel(SeqlibPreTrainedModel):
         """Hidden states of a span that follows the cache, which then stands behind it."""
         state, record = cache.states, cache.record
         plain = len(new) == 1 and new.seq is None and not torch.is_grad_enabled() and not recorded
-        if plain and state is not None and (record is None or not record.broken):
+        if plain and not has_hooks(self.backbone) and state is not None and (record is None or not record.broken):
             if self._has_room(cache, state, new.x.device):
                 if record is not None:
                     state = record.note_step(state, new)

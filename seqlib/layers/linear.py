@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import UnsupportedInput
+from seqlib.layers.watched import watched
 from seqlib.ops.linear import FEW_ROWS, few_rows
 
-__all__ = ["Affine", "Linear", "is_plain", "ordinary", "stored", "takes_few_rows", "unwatched", "weight_is_all"]
+__all__ = ["Affine", "Linear", "is_plain", "ordinary", "stored", "takes_few_rows", "weight_is_all"]
 
 
 def takes_few_rows(layer: nn.Linear, x: Tensor) -> bool:
@@ -80,7 +81,7 @@ def ordinary(model: nn.Module) -> nn.Module:
 
 def weight_is_all(layer: nn.Module) -> bool:
     """Whether an op may take the weight and bias of `layer` in place of its call: nobody has replaced or watches it."""
-    return type(layer) is Linear and is_plain(layer.weight) and unwatched(layer)
+    return type(layer) is Linear and is_plain(layer.weight) and not watched(layer)
 
 
 def stored(layer: nn.Module, owner: nn.Module) -> Tensor:
@@ -93,11 +94,3 @@ def stored(layer: nn.Module, owner: nn.Module) -> Tensor:
         if tensor.is_floating_point() and tensor.element_size() > 1:
             return tensor
     return torch.empty(0, device=held[0].device if held else None)
-
-
-def unwatched(module: nn.Module) -> bool:
-    """Whether nobody would miss a call of `module`: no hooks, and no `forward` put on the instance."""
-    watchers = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    )  # fmt: skip
-    return not any(watchers) and "forward" not in vars(module)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from seqlib import native
 from seqlib.dispatch import may_be_native
-from seqlib.layers.linear import Linear, is_plain, unwatched
+from seqlib.layers.linear import Linear, is_plain
+from seqlib.layers.watched import watched
 from seqlib.ops.linear import FEW_ROWS
 
 __all__ = ["plain", "project", "why_ops_apart"]
@@ -67,7 +68,7 @@ def plain(layers: Sequence[nn.Module], rows: int, x: Tensor) -> tuple[list[Tenso
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     for layer in layers:
-        if type(layer) is not Linear or not unwatched(layer):
+        if type(layer) is not Linear or watched(layer):
             return None
         own = layer._parameters  # attributes of a module take longer to find than the rest together
         weight = own["weight"]
