@@ -22,18 +22,18 @@ from seqlib.hf import (
     SeqlibForSequenceClassification,
     SeqlibTrainer,
 )
+from seqlib.hf.checkpoints import last_whole
+from seqlib.hf.keep import disk_errors, locked, whole_folder
 from seqlib.hf.runs import write_aside
 
 from .charts import plot_curve
-from .checkpoints import is_over, last_whole
 from .data import DataSource, Rows, RunData, load_data, reduced
 from .evaluate import collate, gains, invariance, peak_memory, score_examples, score_recall
 from .folder import check_same_data, describe, open_run
-from .keep import disk_errors, follow_umask, locked, whole_folder
 from .protocols import get_protocol
 from .recall import Stream
 from .recipes import Recipe
-from .runs import Follow, Reporter
+from .runs import Follow, Reporter, is_over
 from .synthetic import Batch
 
 __all__ = ["build_model", "check_length", "train"]
@@ -100,10 +100,6 @@ class _Trainer(SeqlibTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        follow_umask(Path(str(self.args.output_dir)))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

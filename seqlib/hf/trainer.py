@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from seqlib.layers.kept import accumulating
 from seqlib.models.backbone import param_groups
+
+from .keep import follow_umask
 
 __all__ = ["SeqlibTrainer"]
 
@@ -109,6 +112,10 @@ class SeqlibTrainer(Trainer):
         self._staged = True
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint only takes room
+            raise
         finally:
             self._staged, self.args.save_total_limit = False, limit
         if self.state.best_global_step == self.state.global_step:
@@ -116,6 +123,7 @@ class SeqlibTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            follow_umask(Path(staging, name))
             shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
             os.replace(os.path.join(staging, name), final)
             os.rmdir(staging)
