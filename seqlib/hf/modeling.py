@@ -340,6 +340,8 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers, whose speculative decoding passes a prefix that the cache holds once more."""
+        for name in ("tokenizer", "assistant_tokenizer"):  # read by stop strings; transformers hands them on
+            kwargs.pop(name, None)
         seen = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
         whole = attention_mask is None or attention_mask.shape[-1] == input_ids.shape[1]
         if next_sequence_length is None and is_first_iteration and whole and 0 < seen < input_ids.shape[1]:
