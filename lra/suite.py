@@ -21,6 +21,7 @@ from seqlib.bench.clock import machine
 from seqlib.errors import ConfigError
 from seqlib.hf.console import quiet
 from seqlib.hf.keep import locked
+from seqlib.hf.recipes import checked_mixer, layers_of
 from seqlib.hf.runs import read_metrics, write_aside
 from seqlib.mixers import sized
 
@@ -29,7 +30,7 @@ from .data import DataSource
 from .evaluate import score_recall
 from .folder import open_run, read_json
 from .recall import get_recall, make_batch
-from .recipes import Recipe, checked_mixer, layers_of
+from .recipes import Recipe
 from .report import load_model
 from .train import train
 

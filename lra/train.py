@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 
 from seqlib.dispatch import use_backend, used
-from seqlib.errors import ConfigError, SeqlibError
+from seqlib.errors import ConfigError
 from seqlib.hf import (
     SeqlibConfig,
     SeqlibForCausalLM,
@@ -24,6 +24,7 @@ from seqlib.hf import (
 )
 from seqlib.hf.checkpoints import last_whole
 from seqlib.hf.keep import disk_errors, locked, whole_folder
+from seqlib.hf.recipes import built
 from seqlib.hf.runs import write_aside
 
 from .charts import plot_curve
@@ -41,7 +42,6 @@ __all__ = ["build_model", "check_length", "train"]
 
 def build_model(recipe: Recipe, data: RunData) -> Any:
     """A freshly initialised model; the recipe's seed decides the weights."""
-    set_seed(recipe.seed)
     protocol = get_protocol(recipe.protocol)
     shared: dict[str, Any] = {
         "vocab_size": data.vocab_size,
@@ -53,23 +53,13 @@ def build_model(recipe: Recipe, data: RunData) -> Any:
         "max_position_embeddings": data.seqlen,
     }
     if data.task is None:
-        return _built(recipe, SeqlibForCausalLM, shared)
+        return built(recipe.name, recipe.seed, lambda: SeqlibForCausalLM(SeqlibConfig(**shared)))
     task = data.task.task
     shared |= {"num_labels": task.classes, "pad_token_id": data.pad}
     shared |= {"embedding": "number"} if recipe.numbers else {}
     shared |= {"pooling": protocol.pooling, "pair_head": protocol.pair_head}
     classes: Any = SeqlibForSequenceClassification if task.width == 1 else SeqlibForPairClassification
-    return _built(recipe, classes, shared)
-
-
-def _built(recipe: Recipe, classes: Any, fields: dict[str, Any]) -> Any:
-    try:
-        return classes(SeqlibConfig(**fields))
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        if isinstance(error, SeqlibError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"recipe {recipe.name} describes no model ({reason}); see its mixers and mlp") from error
+    return built(recipe.name, recipe.seed, lambda: classes(SeqlibConfig(**shared)))
 
 
 def check_length(model: Any, seqlen: int) -> None:
