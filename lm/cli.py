@@ -138,6 +138,7 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming to the terminal, or many prompts of a file."""
     from . import generate as generation
+    from .settings import parse_settings
 
     if lines is not None and (prompt is not None or prompt_file is not None):
         raise ConfigError("give either --lines or a prompt, not both")
@@ -148,7 +149,7 @@ def generate(
         "top_k": top_k,
         "seed": seed,
         "raw": raw,
-        "settings": generation.parse_settings(settings or []),
+        "settings": parse_settings(settings or []),
     }
     given = generation.read_prompt(prompt, prompt_file) if lines is None else None
     loaded, words = generation.load_model(model, tokenizer)

@@ -13,10 +13,10 @@ import torch
 
 from seqlib.dispatch import used
 from seqlib.errors import ConfigError
+from seqlib.hf.keep import LOCK
 from seqlib.hf.runs import write_aside
 
 from .data import DataSource, RunData
-from .keep import LOCK
 from .recipes import Recipe
 
 __all__ = ["check_same_data", "describe", "open_plan", "open_run", "read_json", "write_plan"]

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it was over there."""
+"""Which checkpoint a run goes on from: the last one that is whole and of its model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from transformers import TrainerState
 
 from seqlib.errors import SeqlibError
 
-from .recipes import Recipe
-
-__all__ = ["Checkpoint", "is_over", "last_whole"]
+__all__ = ["Checkpoint", "last_whole"]
 
 _WEIGHTS, _STATE, _OPTIMIZER, _SCHEDULE = "model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt"
-_ARCHIVES = (_OPTIMIZER, _SCHEDULE, "rng_state.pth", "training_args.bin")
+_ARCHIVES = (_OPTIMIZER, _SCHEDULE, "training_args.bin")
 _MODEL = ("vocab_size", "d_model", "n_layer", "layer_pattern", "mixers", "mlp", "embedding", "pooling", "pair_head")
 
 
@@ -43,7 +41,8 @@ class Checkpoint:
         self.state = self._read_state()
         _check_config(path / "config.json", model)
         _check_weights(path / _WEIGHTS, model)
-        for name in _ARCHIVES:
+        states = [p.name for p in path.glob("rng_state_*.pth")] or ["rng_state.pth"]  # one per process
+        for name in (*_ARCHIVES, *states):
             _check_archive(path / name)
         self._check_optimizer(model)
         self.best = self.path
@@ -101,15 +100,6 @@ def last_whole(folder: Path, model: nn.Module, say: Callable[[str], None]) -> Ch
     if refused:
         say("no checkpoint is whole; training begins again")
     return None
-
-
-def is_over(state: TrainerState, recipe: Recipe) -> bool:
-    """Whether training had ended when the checkpoint was written."""
-    solved = any(row.get("eval_accuracy", 0.0) >= recipe.enough for row in state.log_history)
-    callbacks: Any = state.stateful_callbacks or {}
-    stopping = callbacks.get("EarlyStoppingCallback")
-    waited = stopping["attributes"]["early_stopping_patience_counter"] if isinstance(stopping, dict) else 0
-    return state.global_step >= recipe.steps or (recipe.enough < 1 and solved) or (0 < recipe.patience <= waited)
 
 
 def _check_config(path: Path, model: Any) -> None:

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-import typer
 from safetensors import SafetensorError
 
 from seqlib.errors import SeqlibError
@@ -33,7 +32,7 @@ def interruptible(remedy: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print(f"\ninterrupted; {remedy}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise SystemExit(130) from None
 
 
 def run(app: Callable[[], None]) -> None:
