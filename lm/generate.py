@@ -20,6 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 import seqlib
 import seqlib.hf
 from seqlib.errors import ConfigError, SeqlibError, UnsupportedInput
+from seqlib.hf.hub import check_name
+from seqlib.hf.runs import is_run
 
 from .data import start_token
 from .settings import goes_alone, options
@@ -52,7 +54,7 @@ def load_model(path: str, tokenizer: str | None = None) -> tuple[Any, Any]:
         ConfigError: there is no language model, or no tokenizer.
         CheckpointMismatch: its layout is unknown, or its weights are incomplete or do not fit.
     """
-    if (Path(path) / "recipe.json").is_file():
+    if is_run(Path(path)):
         path = str(Path(path) / "model")
         if not Path(path).is_dir():
             raise ConfigError(f"{Path(path).parent} is not finished; continue it with `seqlib-lm train --resume`")
@@ -61,19 +63,25 @@ def load_model(path: str, tokenizer: str | None = None) -> tuple[Any, Any]:
         raise ConfigError(f"{path} holds a {type(model).__name__}, which has no head to speak with")
     found = _opened("tokenizer", tokenizer or path, AutoTokenizer.from_pretrained)
     if not found("a", add_special_tokens=False)["input_ids"]:  # made from its class alone, without a vocabulary
-        raise ConfigError(f"{tokenizer or path} has no tokenizer. Name one with --tokenizer")
+        raise ConfigError(f"{tokenizer or path} has no tokenizer; name one with --tokenizer")
+    size, vocab = len(found), _vocab(model)
+    if size > vocab or (isinstance(found, seqlib.hf.ByteTokenizer) and vocab >= 2 * size):
+        raise ConfigError(
+            f"the tokenizer of {tokenizer or path} has {size} tokens, the model {vocab}; name its own with --tokenizer"
+        )
     return cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu").eval(), found
 
 
 def _opened(what: str, path: str, opener: Any) -> Any:
+    remedy = "name one with --tokenizer" if what == "tokenizer" else "give a run folder, a folder or a hub name"
+    check_name(path, what, remedy)
     try:
         return opener(path)
     except SeqlibError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip(" :.")
-        hint = ". Name one with --tokenizer" if what == "tokenizer" else ""
-        raise ConfigError(f"no {what} could be loaded from {path!r} ({reason}){hint}") from error
+        raise ConfigError(f"no {what} could be loaded from {path!r} ({reason}); {remedy}") from error
 
 
 def generate(

@@ -91,8 +91,8 @@ def test_a_foreign_checkpoint_speaks_with_a_tokenizer_from_elsewhere(
     command = ["seqlib-lm", "generate", str(tmp_path / "theirs"), "--lines", str(tmp_path / "asked.jsonl")]
     command += ["--temperature", "0", "--max-new-tokens", "8"]
 
-    assert run(monkeypatch, command) == 1
-    assert "Name one with --tokenizer" in capsys.readouterr().err
+    assert run(monkeypatch, command) == 2
+    assert "name one with --tokenizer" in capsys.readouterr().err
     assert run(monkeypatch, [*command, "--tokenizer", str(speaker)]) == 0
     said = [json.loads(line)["completion"] for line in capsys.readouterr().out.splitlines()]
     for text, completion in zip(texts, said, strict=True):

@@ -30,12 +30,13 @@ class Checkpoint:
     Args:
         path: its folder, named checkpoint-STEP.
         model: what it must hold the weights of.
+        needs_best: the best checkpoint so far is needed too, because its weights are taken in the end.
 
     Raises:
         SeqlibError: a file is missing, damaged or of another model; says which.
     """
 
-    def __init__(self, path: Path, model: nn.Module) -> None:
+    def __init__(self, path: Path, model: nn.Module, needs_best: bool = True) -> None:
         self.path = path
         self.step = int(path.name.rpartition("-")[2])
         self.state = self._read_state()
@@ -48,8 +49,8 @@ class Checkpoint:
         self.best = self.path
         if self.state.best_model_checkpoint is not None:  # by name, because a run folder may be moved
             self.best = path.parent / Path(self.state.best_model_checkpoint).name
-            self.state.best_model_checkpoint = str(self.best)
-            if self.best != path:
+            self.state.best_model_checkpoint = str(self.best) if self.best.is_dir() else None
+            if needs_best and self.best != path:
                 _check_weights(self.best / _WEIGHTS, model)
 
     def _read_state(self) -> TrainerState:
@@ -79,17 +80,20 @@ class Checkpoint:
             raise SeqlibError(f"{path} is not of step {self.step}")
 
 
-def last_whole(folder: Path, model: nn.Module, say: Callable[[str], None]) -> Checkpoint | None:
+def last_whole(
+    folder: Path, model: nn.Module, say: Callable[[str], None], *, needs_best: bool = True
+) -> Checkpoint | None:
     """The latest checkpoint in `folder` that can be gone on from; None where there is none.
 
     Args:
+        needs_best: as for `Checkpoint`.
         say: told why a later one is passed over, and from where the run goes on.
     """
     paths = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     refused = False
     for path in sorted(paths, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         try:
-            found = Checkpoint(path, model)
+            found = Checkpoint(path, model, needs_best)
         except SeqlibError as error:
             say(f"{path.name} is passed over: {error}")
             refused = True
