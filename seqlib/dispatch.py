@@ -12,11 +12,11 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch._C._functorch import TransformType
@@ -35,13 +35,16 @@ __all__ = [
     "Op",
     "Verdict",
     "explain",
+    "mode",
     "preferred",
+    "remembered",
     "resolve",
     "transformed",
     "use_backend",
     "used",
 ]
 
+T = TypeVar("T")
 TRANSFORMED = "derivatives by torch.func or forward mode"
 """A feature that `Op.choose` finds by itself; rows of plain torch operations have it, unless they refuse it."""
 BACKENDS = ("reference", "torch", "native", "triton", "vendor")
@@ -109,12 +112,20 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Op:
-    """An op: its folder's name, its table, how to read the facts off a call, and the name of its public function."""
+    """An op: its folder's name, its table, how to read the facts off a call, and the name of its public function.
+
+    Args:
+        parts: the ops that a fused op is made of. Its "torch" row calls them one by one, so it is the row for whoever
+            asked for a backend of a part, or for a backend that no row of this table has.
+        writes: arguments that the op writes into.
+    """
 
     name: str
     impls: tuple[Impl, ...]
     facts: Callable[..., Facts]
     function: str
+    parts: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
     def choose(self, facts: Facts, form: str = "auto", backend: str = "auto") -> Callable[..., Any]:
         """The function that runs for these facts; remembered, because decoding asks the same at every step."""
@@ -123,13 +134,47 @@ class Op:
             return _load(resolve(self, facts, form, backend).impl.target)
         if transformed():
             facts = facts._replace(features=facts.features | {TRANSFORMED})
-        key = (self.name, self.function, facts, form, backend)
-        chosen = _choices.get(key)
-        if chosen is None:
-            if len(_choices) > 4096:
-                _choices.clear()
-            chosen = _choices[key] = _load(resolve(self, facts, form, backend).impl.target)
-        return chosen
+        asked = tuple(preferred(part) for part in self.parts)
+        return remembered(
+            (self.name, self.function, facts, form, backend, asked),
+            lambda: _load(resolve(self, facts, form, backend).impl.target),
+        )
+
+    def recall(
+        self,
+        backend: str,
+        tensors: Sequence[torch.Tensor | None],
+        choose: Callable[[], Callable[..., Any]],
+        options: Hashable = None,
+    ) -> Callable[..., Any]:
+        """What `choose` returns, called once for each set of shapes, dtypes and devices of `tensors`, and of `options`.
+
+        Decoding asks the same at every token. `choose` may look at nothing else, and raises for what does not fit. For
+        calls without gradients.
+        """
+        if torch.compiler.is_compiling():
+            return choose()
+        layout = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        return remembered((self.name, self.function, preferred(self.name, backend), options, *layout), choose)
+
+    def bind(self, facts: Facts, form: str = "auto", backend: str = "auto") -> Callable[..., Any]:
+        """As `choose` for a fused op; where `backend` leads to its parts, they run in that backend, too."""
+        backend = preferred(self.name, backend)
+        run = self.choose(facts, form, backend)
+        if backend == "auto" or (backend != "torch" and self.has(backend)):
+            return run
+
+        pinned = {part: backend for part in self.parts if _op(part).has(backend)}
+
+        def in_parts(*args: Any) -> Any:
+            with use_backend(**pinned):
+                return run(*args)
+
+        return in_parts
+
+    def has(self, backend: str) -> bool:
+        """Whether a row of the table is of this backend."""
+        return any(impl.name == backend for impl in self.impls)
 
 
 class Refusal(NamedTuple):
@@ -150,7 +195,7 @@ _loaded: dict[str, Callable[..., Any]] = {}
 _traced = SimpleNamespace()  # the same for compilers, which do not see what is added to a dict while they trace
 _probed: dict[str, str | None] = {}
 _warned: set[str] = set()
-_choices: dict[tuple[str, str, Facts, str, str], Callable[..., Any]] = {}
+_choices: dict[Hashable, Any] = {}
 
 
 @contextlib.contextmanager
@@ -189,11 +234,19 @@ def preferred(op_name: str, backend: str = "auto", config: str = "auto") -> str:
     return config if config != "auto" else os.environ.get("SEQLIB_BACKEND", "auto")
 
 
-def may_be_native(*op_names: str, config: str = "auto") -> bool:
-    """Whether the backend in force for each of the ops leaves it to, or asks for, native code; not for compilers."""
-    if _scope.get() is None:  # the usual case, and the environment is slow to read
-        return preferred("", config=config) in ("auto", "native")
-    return all(preferred(name, config=config) in ("auto", "native") for name in op_names)
+def remembered(key: Hashable, choose: Callable[[], T]) -> T:
+    """What `choose` returned for this key, which holds everything that it looks at."""
+    found = _choices.get(key)
+    if found is None:
+        if len(_choices) > 4096:
+            _choices.clear()
+        found = _choices[key] = choose()
+    return found
+
+
+def mode(device: str) -> tuple[Any, ...]:
+    """What else than its arguments decides which row a call gets; equal for calls that may share a choice."""
+    return _scope.get(), os.environ.get("SEQLIB_BACKEND"), torch.is_autocast_enabled(device), transformed()
 
 
 @torch.compiler.assume_constant_result  # compilers cannot trace a ContextVar; the scope at trace time holds
@@ -209,11 +262,13 @@ def resolve(op: Op, facts: Facts, form: str = "auto", backend: str = "auto") -> 
         BackendUnavailable: no row is left; the message lists every reason and what to do.
     """
     backend = _known(preferred(op.name, backend))
+    if op.parts and backend != "auto" and not op.has(backend):
+        backend = "torch"  # its parts may have such a row
     if form != "auto" and form not in FORMS:
         raise BackendUnavailable(f"unknown form {form!r}; known: auto, {', '.join(FORMS)}")
     refused: list[Refusal] = []
     for impl in op.impls:
-        refusal = _refuse(impl, facts, form, backend)
+        refusal = _refuse(impl, facts, form, backend) or _refuse_for_parts(op, impl, backend)
         if refusal is None:
             if backend == "auto":
                 _announce(op, impl, refused, facts)
@@ -325,6 +380,17 @@ def _refuse(impl: Impl, facts: Facts, form: str, backend: str) -> Refusal | None
         reason = _judge(impl.gate, *facts)
         if reason:
             return Refusal(impl, reason, broken=True)
+    return None
+
+
+def _refuse_for_parts(op: Op, impl: Impl, backend: str) -> Refusal | None:
+    """A row that stands for several ops gives way where another backend was asked for one of them."""
+    if backend != "auto" or impl.name == "torch":
+        return None
+    for part in op.parts:
+        asked = preferred(part)
+        if asked not in ("auto", impl.name):
+            return Refusal(impl, f"backend={asked!r} was asked for {part}, one of its parts", broken=False)
     return None
 
 

@@ -185,13 +185,13 @@ def test_whole_steps_in_a_graph_equal_the_ops(batch: int, dtype: torch.dtype, tu
         model = Backbone(config).to(dtype)
         exact, tokens = copy.deepcopy(model).float(), torch.randn(6, batch, 512)
         state, wide = model.initial_state(batch), exact.initial_state(batch)
-        assert model.mixer(0).why_apart(tokens[0], state[0], model.layers[0].norm) is None
         with use_backend("torch"):
             want = torch.stack([exact.step(x.to(dtype).float(), wide)[0] for x in tokens])
         x = tokens[0].to(dtype, copy=True)
         for overlap in (1, 2):
             tune(overlap=overlap)
-            model.step(x, model.initial_state(batch))
+            with use_backend(mamba2_step="native"):
+                model.step(x, model.initial_state(batch))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 y, _ = model.step(x, state)

@@ -179,7 +179,9 @@ def test_op_folder_is_complete(name: str) -> None:
         assert impl.name in BACKENDS and impl.form in FORMS
         module, _, function = impl.target.partition(":")
         path = ROOT / (module.replace(".", "/") + ".py")
-        defined = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+        body = ast.parse(path.read_text()).body
+        defined = [n.name for n in body if isinstance(n, ast.FunctionDef)]
+        defined += [t.id for n in body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
         assert function in defined, f"{impl.target} does not exist"
 
 

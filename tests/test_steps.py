@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +14,16 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqlib import native, use_backend
-from seqlib.errors import UnsupportedInput
+from seqlib import dispatch, native, use_backend
+from seqlib.errors import BackendUnavailable, UnsupportedInput
 from seqlib.layers.linear import Linear
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.rotary import Rotary
-from seqlib.layers.steps import project, why_ops_apart
+from seqlib.layers.steps import project
 from seqlib.mixers import Mixer, build_mixer
-from seqlib.mixers.fused import why_apart
+from seqlib.models.backbone import Backbone
+from seqlib.models.config import BackboneConfig
+from seqlib.ops import mamba2_step
 
 pytestmark = [
     pytest.mark.native,
@@ -96,7 +101,6 @@ def test_mamba2_as_a_whole_is_its_parts(name: str, dtype: torch.dtype) -> None:
         for batch in (1, 3):
             whole, parts = mixer.initial_state(batch), mixer.initial_state(batch)
             for x in torch.randn(4, batch, 40):
-                assert mixer.why_apart(x.to(dtype), whole) is None and mixer.why_apart(x, whole, norm) is None
                 got = mixer.step(x.to(dtype), whole)[0], mixer.added_step(x, norm, whole)[0]
                 with use_backend("torch"):
                     want = mixer.step(x.to(dtype), parts)[0], mixer.added_step(x, norm, parts)[0]
@@ -107,35 +111,108 @@ def test_mamba2_as_a_whole_is_its_parts(name: str, dtype: torch.dtype) -> None:
 
 
 def test_whoever_wants_the_parts_gets_them() -> None:
-    """Backends asked for, gradients, adapters in the place of a projection, and what the library does not take."""
-    x, given = torch.zeros(2, 40), (torch.zeros(2, 80, 16), "linear", "selective_scan")
+    """Backends asked for, adapters in the place of a projection, hooks, autocast, and what no native row takes."""
+    x = torch.zeros(2, 40)
+    fused = "seqlib::mamba_step"
+    assert fused in _ops(layer("mamba"), x)
+    assert fused not in _ops(layer("mamba").double(), x.double())
+    assert fused not in _ops(layer("mamba"), torch.zeros(9, 40))
+    for asked in ({"selective_scan": "torch"}, {"mamba_step": "torch"}, {"mamba_step": "reference"}):
+        with use_backend(**asked):
+            assert fused not in _ops(layer("mamba"), x)
+    with use_backend("torch"):
+        assert not [name for name in _ops(layer("mamba"), x) if name.startswith("seqlib::")]
+    with torch.autocast("cpu"):
+        assert fused not in _ops(layer("mamba"), x)
+    assert fused not in _ops(watched(layer("mamba"))[0], x)
+    adapted = layer("mamba")
+    adapted.x_proj = type("Adapter", (Linear,), {})(80, 3 + 32, bias=False)
+    assert fused not in _ops(adapted, x)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "s4d", "gla"])
+def test_a_pinned_backend_reaches_the_parts(kind: str) -> None:
+    """What a mixer's config asks for holds while it decodes, too."""
+    mixer = build_mixer({"kind": kind, "backend": "torch"}, 64)
+    x = torch.zeros(1, 64)
+    native_ops = {name.removeprefix("seqlib::") for name in _ops(mixer, x) if name.startswith("seqlib::")}
+    assert not native_ops & {"mamba_step", "mamba2_step", "matrix_step", "diag_step", "selective_scan_step",
+                             "linear_attention_step"}  # fmt: skip
+
+
+def test_decoding_is_seen() -> None:
+    """`used` lists what a token ran, and the table of a fused step says what runs and why not the others."""
+    model = Backbone(
+        BackboneConfig(d_model=40, n_layer=2, mixers={"m": {"kind": "mamba2", "headdim": 8}}, layer_pattern="m")
+    )
     with torch.no_grad():
-        assert why_apart(layer("mamba"), x, *given) is None
-        assert why_apart(layer("mamba"), x.double(), *given)
-        assert why_apart(layer("mamba"), torch.zeros(9, 40), torch.zeros(9, 80, 16), "linear")
-        with use_backend(selective_scan="torch"):
-            assert why_apart(layer("mamba"), x, *given)
-        with torch.autocast("cpu"):
-            assert why_apart(layer("mamba"), x, *given)
-        adapted = layer("mamba")
-        adapted.x_proj = type("Adapter", (Linear,), {})(80, 3 + 32, bias=False)
-        assert why_apart(adapted, x, *given)
-    assert why_apart(layer("mamba"), x, *given)
+        model.step(torch.zeros(1, 40), model.initial_state(1))
+    assert "seqlib.ops.mamba2_step.native_impl:mamba2_step" in dispatch.used()
+    inputs = next(c for c in importlib.import_module("seqlib.ops.mamba2_step.cases").CASES if c.name == "odd_heads")
+    assert "headdim in fours" in dispatch.explain("mamba2_step", **inputs.inputs(torch.float32))
 
 
-def test_why_mamba2_steps_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each thing that the kernels do not know is named, and nothing else is."""
-    monkeypatch.setattr("seqlib.mixers.mamba2.why_apart", lambda *_, **__: None)
+def test_what_was_found_is_forgotten_after_a_change() -> None:
+    """A hook, a layer, a parameter, a dtype or a backend that comes between two tokens is seen by the second."""
+    model = Backbone(BackboneConfig(d_model=40, n_layer=2, mixers={"m": {"kind": "mamba"}}, layer_pattern="m")).eval()
+    x, state, calls = torch.zeros(1, 40), model.initial_state(1), []
+    mixer = model.mixer(1)
 
-    def reason(x: Tensor | None = None, before: RMSNorm | None = None, **config: Any) -> str:
-        mixer = build_mixer({"kind": "mamba2", "headdim": 8} | config, 40)
-        return mixer.why_apart(torch.zeros(2, 40) if x is None else x, mixer.initial_state(2), before) or ""
+    def count(x: Tensor = x) -> int:
+        with torch.no_grad(), _Calls() as seen:
+            model.step(x, state)
+        return seen.names.count("seqlib::mamba_step")
 
-    assert not reason() and not reason(before=RMSNorm(40)) and not reason(norm=False, ngroups=2, bias=True)
-    for config in ({"in_scales": (1, 2, 1, 1, 1)}, {"d_conv": 5}, {"headdim": 10}):
-        assert "in_scales" in reason(**config)
-    assert "offset" in reason(before=RMSNorm(40, offset=1.0))
-    assert "float32" in reason(torch.zeros(2, 40).bfloat16()) and "float32" in reason(before=RMSNorm(40).half())
+    assert count() == 2 and count() == 2
+    handle = mixer.x_proj.register_forward_hook(lambda *_: calls.append(1))
+    assert count() == 1 and calls == [1]
+    handle.remove()
+    assert count() == 2 and calls == [1]
+    mixer.out_proj.forward = lambda x: calls.append(2) or x[..., :40]
+    assert count() == 1 and calls == [1, 2]
+    del mixer.out_proj.forward
+    assert count() == 2
+    with use_backend(causal_conv1d="torch"):
+        assert count() == 0
+    with torch.autocast("cpu"):
+        assert count() == 0
+    assert count() == 2
+    before = mixer.in_proj
+    mixer.in_proj = nn.Linear(40, 160, bias=False)
+    assert count() == 1
+    mixer.in_proj = before
+    assert count() == 2
+    mixer.in_proj.weight = nn.Parameter(mixer.in_proj.weight.detach().double(), requires_grad=False)
+    assert count() == 1
+    mixer.in_proj.weight.data = mixer.in_proj.weight.data.float()
+    assert count() == 2
+    assert not copy.deepcopy(model)._binding.found and pickle.loads(pickle.dumps(model))._binding.found == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"d_conv": 6}, "d_conv up to 4"),
+        ({"headdim": 10}, "headdim in fours"),
+        ({"dtype": torch.float64}, "dtype is float64"),
+        ({"stream": torch.bfloat16}, "residual stream"),
+        ({"rows": 9}, "9 rows"),
+    ],
+    ids=lambda v: str(v)[:20],
+)
+def test_why_mamba2_steps_in_parts(changes: dict[str, Any], reason: str) -> None:
+    """Each thing that the kernels do not know is named by the table."""
+    sizes = {"d_conv": 4, "headdim": 8, "rows": 1} | changes
+    mixer = build_mixer({"kind": "mamba2", "headdim": sizes["headdim"], "d_conv": sizes["d_conv"]}, 40)
+    mixer.to(sizes.get("dtype", torch.float32))
+    state, x = mixer.initial_state(sizes["rows"]), torch.zeros(sizes["rows"], 40)
+    x = x.to(sizes.get("stream", mixer.D.dtype))
+    given = (
+        x, None, 0.0, mixer.in_proj.weight, None, mixer.conv1d.weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log,
+        mixer.D, 0.0, 1.0, mixer.norm_weight, 1e-5, False, mixer.out_proj.weight, None, state.conv, state.state,
+    )  # fmt: skip
+    with torch.no_grad(), pytest.raises(BackendUnavailable, match=reason):
+        mamba2_step(*given, backend="native")
 
 
 @pytest.mark.parametrize(
@@ -245,10 +322,15 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _ops(mixer: Mixer) -> list[str]:
+def _names(run: Any) -> list[str]:
     with torch.no_grad(), _Calls() as calls:
-        mixer.step(torch.zeros(1, 40), mixer.initial_state(1))
+        run()
     return calls.names
+
+
+def _ops(mixer: Mixer, x: Tensor | None = None) -> list[str]:
+    x = torch.zeros(1, 40) if x is None else x
+    return _names(lambda: mixer.step(x, mixer.initial_state(len(x))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -285,7 +367,7 @@ def test_maps_are_called_where_somebody_looks() -> None:
     assert all(y.requires_grad for y in project(x, *layers))
     with torch.no_grad():
         with use_backend(linear="reference"):
-            assert why_ops_apart(x, "linear")
+            assert "seqlib::linears" not in _names(lambda: project(x, *layers))
         with torch.autocast("cpu"):
             assert project(x, *layers)[0].dtype == torch.bfloat16
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:

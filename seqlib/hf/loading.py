@@ -12,7 +12,7 @@ from torch import nn
 
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.files import HUB_OPTIONS, WeightFiles, read_json
-from seqlib.layers.linear import is_plain
+from seqlib.ops.fused import is_plain
 
 __all__ = ["listed", "load_checked", "refuse_layers", "refuse_not_finite", "refuse_sizes"]
 

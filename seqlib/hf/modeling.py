@@ -29,12 +29,12 @@ from seqlib.hf.inputs import after_tokens, padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
 from seqlib.hf.names import CACHE, CACHE_NAMES, given_cache, output, refuse_unknown, returned_cache
 from seqlib.hf.rollback import Span
+from seqlib.layers.binding import fusable, has_hooks
 from seqlib.layers.init import normal_
-from seqlib.layers.linear import Linear, ordinary, weight_is_all
+from seqlib.layers.linear import Linear, ordinary
 from seqlib.layers.mlp import MLP
 from seqlib.layers.moe import MoE
 from seqlib.layers.norm import RMSNorm
-from seqlib.layers.watched import has_hooks
 from seqlib.mixers import Mixer, looks_ahead
 from seqlib.models.aside import Aside, AsideUse, LowRank
 from seqlib.models.backbone import Backbone
@@ -326,7 +326,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         labels = labels if labels is None else after_tokens(labels, attention_mask)
-        plain = weight_is_all(self.lm_head)
+        plain = fusable(self.lm_head)
         shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
         if labels is not None and shift_labels is None and not return_logits and plain:
             loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items, **shape)

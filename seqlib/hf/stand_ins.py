@@ -16,12 +16,12 @@ from torch import Tensor
 
 from seqlib.hf.names import given_cache
 from seqlib.layers.linear import takes_few_rows
-from seqlib.layers.norm import unit_length
 from seqlib.mixers.base import wide
 from seqlib.ops import causal_conv1d, delta_rule, linear_attention, linear_scan, selective_scan
 from seqlib.ops.delta_rule import step as delta_step
 from seqlib.ops.linear import linear
 from seqlib.ops.linear_attention import step as attention_step
+from seqlib.ops.norm import unit_length
 from seqlib.ops.selective_scan import step as scan_step
 from seqlib.sequence import SequenceInfo
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import UnsupportedInput
-from seqlib.layers.watched import watched
+from seqlib.ops.fused import is_plain
 from seqlib.ops.linear import FEW_ROWS, few_rows
 
-__all__ = ["Affine", "Linear", "is_plain", "ordinary", "stored", "takes_few_rows", "weight_is_all"]
+__all__ = ["Affine", "Linear", "ordinary", "stored", "takes_few_rows"]
 
 
 def takes_few_rows(layer: nn.Linear, x: Tensor) -> bool:
@@ -63,11 +63,6 @@ class Affine(nn.Module):
         return self.weight.shape[1]
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether native code may read `tensor`: none of the classes in which quantisers and others keep theirs."""
-    return type(tensor) is nn.Parameter or type(tensor) is Tensor
-
-
 def ordinary(model: nn.Module) -> nn.Module:
     """`model`, with every `Linear` in it made an `nn.Linear`: the same results, without the gain for few rows.
 
@@ -77,11 +72,6 @@ def ordinary(model: nn.Module) -> nn.Module:
         if type(module) is Linear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
     return model
-
-
-def weight_is_all(layer: nn.Module) -> bool:
-    """Whether an op may take the weight and bias of `layer` in place of its call: nobody has replaced or watches it."""
-    return type(layer) is Linear and is_plain(layer.weight) and not watched(layer)
 
 
 def stored(layer: nn.Module, owner: nn.Module) -> Tensor:

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
 from seqlib.layers.init import fill_
 from seqlib.ops import rms_norm
 
-__all__ = ["RMSNorm", "unit_length"]
-
-
-def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(sum of squares + eps) over the last axis, from the norm of mean squares."""
-    d = x.shape[-1]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if torch.compiler.is_compiling():  # a traced tensor must not stay behind
-        scale = x.new_full((d,), d**-0.5, dtype=dtype)
-    else:
-        scale = _unit_scale(d, dtype, x.device)
-    return rms_norm(x, scale, eps=eps / d)
-
-
-@functools.lru_cache(maxsize=1024)
-def _unit_scale(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # autograd could not save it later
-        return torch.full((d,), d**-0.5, dtype=dtype, device=device)
+__all__ = ["RMSNorm"]
 
 
 class RMSNorm(nn.Module):

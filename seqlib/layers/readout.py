@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.layers.binding import fusable
 from seqlib.layers.init import fill_, linear_
-from seqlib.layers.linear import Linear, weight_is_all
+from seqlib.layers.linear import Linear
 from seqlib.ops import gelu_glu
 from seqlib.ops.linear import FEW_ROWS
 
@@ -85,7 +86,6 @@ class Readout(nn.Module):
             and y.device.type == "cpu"
             and y.numel() > FEW_ROWS * y.shape[-1]
             and proj is not None
-            and weight_is_all(proj)
+            and fusable(proj)
             and y.dtype == proj.weight.dtype
-            and not torch.is_autocast_enabled("cpu")
         )

@@ -12,12 +12,12 @@ from seqlib.errors import ConfigError
 from seqlib.layers.ending import NormLinear
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
-from seqlib.layers.norm import unit_length
 from seqlib.layers.short_conv import ShortConv
 from seqlib.layers.steps import project
 from seqlib.mixers.base import MixerConfig, positive, wide
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import delta_rule
+from seqlib.ops.norm import unit_length
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["DeltaConfig", "DeltaMixer", "DeltaNet", "DeltaNetConfig"]

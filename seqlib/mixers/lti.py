@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.layers.binding import bound
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
 from seqlib.layers.lti import Diagonal, Recurrence, add_carried, final_state
 from seqlib.layers.readout import Readout
-from seqlib.layers.steps import why_ops_apart
-from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_complex, wide_dtype
+from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_complex
 from seqlib.ops import long_conv
+from seqlib.ops.diagonal_step import bind
 from seqlib.sequence import SequenceInfo, State
 
 __all__ = ["ConvConfig", "NoState", "SSMConfig", "SSMState", "TimeInvariant", "as_real", "refuse_state"]
@@ -177,18 +178,15 @@ class TimeInvariant(Mixer[C]):
         if before is not None:
             y = add_carried(y, system.outputs(before, x.shape[1]), seq)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self.readout(y), SSMState.later(lambda: final_state(system, x, before, seq))
-        return self.readout(y), SSMState(final_state(system, x, before, seq))
+            return self.readout(y), SSMState.later(lambda: final_state(system, x, before, seq).contiguous())
+        return self.readout(y), SSMState(final_state(system, x, before, seq).contiguous())
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
-        decay, B_bar, C = self._kept("step", self.rate, self.sources(), self._recurrence)
-        plain = x.dtype == self.D.dtype == torch.float32 and state.ssm.is_contiguous() and len(x) == len(state.ssm)
-        if plain and why_ops_apart(x, "long_conv", config=self.config.backend) is None:
-            y = torch.ops.seqlib.diag_step.default(x.contiguous(), decay, B_bar, C, self.D, state.ssm)
-            return self.readout(y), state
-        u = x.to(wide_dtype(self.D))
-        h = as_real(state.ssm.mul_(decay)).addcmul_(B_bar, u[..., None])
-        return self.readout(((h * C).sum(-1) + self.D * u).to(x.dtype)), state
+        system = self._kept("step", self.rate, self.sources(), self._recurrence)
+        run = bound(
+            self, lambda: bind(x, *system, self.D, state.ssm, backend=self.backend("diagonal_step")), x, state.ssm
+        )
+        return self.readout(run(x, *system, self.D, state.ssm)), state
 
     def _recurrence(self) -> tuple[Tensor, Tensor, Tensor]:
         """Decays in the dtype of the state, and B_bar and C as real numbers, for diagonal systems."""

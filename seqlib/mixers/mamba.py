@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.layers.binding import bound, fusable
 from seqlib.layers.init import dt_bias_, fill_, linear_, uniform_
 from seqlib.layers.kept import Kept
 from seqlib.layers.linear import Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
-from seqlib.mixers.fused import why_apart
 from seqlib.ops import rms_norm, selective_scan
+from seqlib.ops.mamba_step import bind
 from seqlib.ops.selective_scan import step as scan_step
 from seqlib.sequence import SequenceInfo, State
 
@@ -133,23 +135,27 @@ class Mamba(Mixer[MambaConfig]):
         return self.out_proj(y), MambaState(conv, ssm)
 
     def step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        ops = ("linear", "causal_conv1d", "selective_scan")
-        if self.config.inner_norm == "none" and why_apart(self, x, state.ssm, *ops) is None:
-            return self._whole_step(x, state), state
+        run = bound(self, lambda: self._fused(x, state), x, state.conv, state.ssm)
+        if run is not None:
+            return run(x, state), state
         x, z = self.in_proj(x).chunk(2, -1)
         x = self.conv1d.step(x, state.conv)
         dt, B, C = self._dt_B_C(x)
         y = scan_step(
-            x, dt, self._A_kept(), B, C, state.ssm, D=wide(self.D), z=z, dt_bias=wide(self.dt_bias), dt_softplus=True
-        )
+            x, dt, self._A_kept(), B, C, state.ssm, D=wide(self.D), z=z, dt_bias=wide(self.dt_bias), dt_softplus=True,
+            backend=self.backend("selective_scan"),
+        )  # fmt: skip
         return self.out_proj(y), state
 
-    def _whole_step(self, x: Tensor, state: MambaState) -> Tensor:
+    def _fused(self, x: Tensor, state: MambaState) -> Callable[[Tensor, MambaState], Tensor] | None:
+        """The layer as one op, where nothing stands between its parts."""
+        if self.config.inner_norm != "none" or not fusable(*self.children(), on=x):
+            return None
         conv, into, out = self.conv1d, self.in_proj, self.out_proj
-        return torch.ops.seqlib.mamba_step.default(
-            x, into.weight, into.bias, conv.weight, conv.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
-            self._A_kept(), self.D, out.weight, out.bias, state.conv, state.ssm,
-        )  # fmt: skip
+        first = (into.weight, into.bias, conv.weight, conv.bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias)
+        last = (self.D, out.weight, out.bias)
+        run = bind(x, *first, self._A_kept(), *last, state.conv, state.ssm, backend=self.backend("mamba_step"))
+        return lambda x, state: run(x, *first, self._A_kept(), *last, state.conv, state.ssm)
 
     def _A(self) -> Tensor:
         return -torch.exp(wide(self.A_log))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,21 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.layers.binding import bound, fusable
 from seqlib.layers.init import dt_bias_, fill_, linear_, uniform_
 from seqlib.layers.linear import Linear
-from seqlib.layers.norm import RMSNorm
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import MixerConfig, positive, wide
-from seqlib.mixers.fused import why_apart
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import linear_attention, rms_norm
-from seqlib.ops.linear import WIDEST
 from seqlib.ops.linear_attention import step as attention_step
+from seqlib.ops.mamba2_step import bind
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["Mamba2", "Mamba2Config"]
-
-_TAPS = 4  # of a convolution in the kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,47 +147,35 @@ class Mamba2(MatrixMixer[Mamba2Config]):
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         assert state.conv is not None
-        if self.why_apart(x, state) is None:
-            return self._whole_step(x, state), state
+        run = bound(self, lambda: self._fused(x, state), x, state.conv, state.state)
+        if run is not None:
+            return run(x, state), state
         z, x, dt = self._split(self.in_proj(x))
         x, q, k, v, log_decay = self._heads(self.conv1d.step(x, state.conv), dt)
-        return self._out(attention_step(q, k, v, log_decay, state.state), x, z), state
+        y = attention_step(q, k, v, log_decay, state.state, backend=self.backend("linear_attention"))
+        return self._out(y, x, z), state
 
     def added_step(self, x: Tensor, norm: nn.Module, state: MatrixState) -> tuple[Tensor, MatrixState]:
-        if isinstance(norm, RMSNorm) and self.why_apart(x, state, norm) is None:
-            return self._whole_step(x, state, norm), state
-        return super().added_step(x, norm, state)
+        run = bound((self, norm), lambda: self._fused(x, state, norm), x, state.conv, state.state)
+        return super().added_step(x, norm, state) if run is None else (run(x, state), state)
 
-    def why_apart(self, x: Tensor, state: MatrixState, norm: RMSNorm | None = None) -> str | None:
-        """Why a step does not run as one native call (on CUDA three kernels), in a sentence; None where it does.
-
-        With `norm`, x is the residual stream and the call also norms it and adds to it.
-        """
-        c = self.config
-        ops = ("linear", "causal_conv1d", "linear_attention") + (("norm",) if norm is not None or c.norm else ())
-        if reason := why_apart(self, x, state.state, *ops, device="cuda" if x.is_cuda else "cpu", norm=norm):
-            return reason
-        assert state.conv is not None
-        if state.state.dtype != torch.float32 or not (state.state.is_contiguous() and state.conv.is_contiguous()):
-            return "the state is not float32 and contiguous"
-        if c.in_scales is not None or c.d_conv > _TAPS or c.headdim % 4 or max(self.d_model, self.d_inner) > WIDEST:
-            return f"it has no in_scales, d_conv up to {_TAPS}, headdim in fours and widths up to {WIDEST}"
-        if norm is not None and (norm.offset or self.d_model % 4):
-            return "its norm has no offset, and d_model is in fours"
-        entry, dtype = x if norm is None else norm.weight, self.in_proj.weight.dtype
-        same = (entry, self.conv1d.weight, self.norm_weight, self.out_proj.weight, state.conv)
-        if any(t is not None and t.dtype != dtype for t in same) or x.dtype not in (dtype, torch.float32):
-            return f"not all of x, state and parameters are {dtype}, as in_proj is"
-        return None
-
-    def _whole_step(self, x: Tensor, state: MatrixState, norm: RMSNorm | None = None) -> Tensor:
+    def _fused(
+        self, x: Tensor, state: MatrixState, norm: nn.Module | None = None
+    ) -> Callable[[Tensor, MatrixState], Tensor] | None:
+        """The layer, with `norm` its whole residual branch, as one op, where nothing stands between its parts."""
         c, conv, into, out = self.config, self.conv1d, self.in_proj, self.out_proj
-        limits = (c.dt_limit_min, math.inf if c.dt_limit_max is None else c.dt_limit_max)
-        before = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return torch.ops.seqlib.mamba2_step.default(
-            x, *before, into.weight, into.bias, conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, *limits,
-            self.norm_weight, c.norm_eps, c.norm_before_gate, out.weight, out.bias, state.conv, state.state,
+        if c.in_scales is not None or not fusable(*self.children(), *(() if norm is None else (norm,)), on=x):
+            return None
+        if norm is not None and norm.offset:
+            return None
+        before: tuple[Any, Any] = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        given = (
+            *before, into.weight, into.bias, conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, c.dt_limit_min,
+            math.inf if c.dt_limit_max is None else c.dt_limit_max, self.norm_weight, c.norm_eps, c.norm_before_gate,
+            out.weight, out.bias,
         )  # fmt: skip
+        run = bind(x, *given, state.conv, state.state, backend=self.backend("mamba2_step"))
+        return lambda x, state: run(x, *given, state.conv, state.state)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
         c = self.config

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear, stored
-from seqlib.layers.norm import RMSNorm, unit_length
+from seqlib.layers.norm import RMSNorm
 from seqlib.layers.short_conv import ShortConv
 from seqlib.layers.steps import project
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.mixers.matrix import divide
 from seqlib.ops import path_attention
+from seqlib.ops.norm import unit_length
 from seqlib.ops.path_attention import PathState
 from seqlib.ops.path_attention import step as path_step
 from seqlib.sequence import SequenceInfo, State

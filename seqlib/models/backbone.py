@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seqlib.errors import UnsupportedInput
+from seqlib.layers.binding import Binding, bound, watched
 from seqlib.layers.norm import RMSNorm
-from seqlib.layers.watched import watched
 from seqlib.mixers import Mixer
 from seqlib.mixers.base import without_gradients
 from seqlib.mixers.compose import share
@@ -44,6 +44,7 @@ class Backbone(nn.Module):
             self.asides = nn.ModuleList(Aside(config.aside, *shape) for _ in range(config.aside.copies))
             users = [i for i in range(config.n_layer) if config.block(i).aside]
             self._users = {layer: n % config.aside.copies for n, layer in enumerate(users)}
+        self._binding = Binding()
         self.gradient_checkpointing = False
         self.checkpoint_every = 1  # of so many layers, one is computed again in the backward pass
         self._gradient_checkpointing_func = _checkpoint
@@ -99,15 +100,17 @@ class Backbone(nn.Module):
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         first = x
-        for i, layer in enumerate(self._first(depth)):
-            x, state.states[i] = self._step(layer, x, state.states[i], *self._aside(i, first))
+        with self._binding.use(self, x):
+            for i, layer in enumerate(self._first(depth)):
+                x, state.states[i] = self._step(layer, x, state.states[i], *self._aside(i, first))
         state.seqlen += 1
         return self.norm(x), state
 
     @staticmethod
     def _step(layer: Block, x: Tensor, state: State, *aside: Any) -> tuple[Tensor, State]:
         """One layer's step; its `forward` on one position where somebody watches its calls."""
-        if not (watched(layer) or (aside and watched(aside[1]))):
+        seen = (layer, *aside[1:])
+        if not bound(("watched", seen), lambda: watched(*seen)):
             return layer.step(x, state, *aside)
         if aside:
             aside = (aside[0].unsqueeze(1), aside[1])

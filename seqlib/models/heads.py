@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.layers.binding import fusable
 from seqlib.layers.init import normal_
-from seqlib.layers.linear import Linear, weight_is_all
+from seqlib.layers.linear import Linear
 from seqlib.mixers.base import wide
 from seqlib.models.backbone import Backbone
 from seqlib.models.config import BackboneConfig
@@ -142,6 +143,6 @@ class LanguageModel(nn.Module):
         """Mean cross entropy of the next token, in nats."""
         hidden, _ = self.backbone(self.embed_tokens(ids), None, seq)
         labels = ids if labels is None else labels
-        if weight_is_all(self.lm_head):
+        if fusable(self.lm_head):
             return lm_loss(hidden, self.lm_head.weight, labels)
         return F.cross_entropy(wide(self.lm_head(hidden[:, :-1])).flatten(0, 1), labels[:, 1:].flatten())

@@ -44,6 +44,8 @@ class Case:
         def cast(name: str, value: Any) -> Any:
             if isinstance(value, State):
                 return value.map(lambda t: cast(name, t))
+            if isinstance(value, list):
+                return [cast(name, part) for part in value]
             if not isinstance(value, Tensor):
                 return value
             if value.is_complex():

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
-from seqlib.ops.remembered import remembered
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "causal_conv1d", "step"]
@@ -175,9 +174,7 @@ def step(
         _check_state(state, "state", x, x.shape[0], weight.shape[1])
         return STEP.choose(facts(x, weight, bias, initial_state=state), backend=backend)
 
-    run = (
-        choose() if torch.is_grad_enabled() else remembered(STEP, backend, (x, weight, bias, state), choose, activation)
-    )
+    run = choose() if torch.is_grad_enabled() else STEP.recall(backend, (x, weight, bias, state), choose, activation)
     if not state.is_contiguous():
         raise UnsupportedInput("state is written in place and must be contiguous; make it so once, with .contiguous()")
     return run(x, weight, bias, state, activation=activation)

@@ -11,7 +11,6 @@ from torch import Tensor
 from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.delta_rule.summary import combine, summarize
-from seqlib.ops.remembered import remembered
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["IMPLS", "OP", "STEP", "STEP_IMPLS", "WIDEST_STATE", "combine", "delta_rule", "step", "summarize"]
@@ -192,7 +191,7 @@ def step(
     if not state.is_contiguous():
         raise UnsupportedInput("state must be contiguous to be updated in place; make it so once, with .contiguous()")
     with torch.no_grad():
-        run = remembered(STEP, backend, (q, k, v, beta, log_decay, state), choose)
+        run = STEP.recall(backend, (q, k, v, beta, log_decay, state), choose)
         return run(q, k, v, beta, log_decay, state, scale)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op, preferred
+from seqlib.dispatch import Facts, Impl, Op, preferred, remembered
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["FEW_ROWS", "IMPLS", "OP", "WIDEST", "few_rows", "linear"]
@@ -31,6 +30,7 @@ def _cuda_limits(facts: Facts) -> str | None:
 
 
 _HERE = "seqlib.ops.linear"
+_MIXED, _UNREAD = "a weight of another dtype", "a weight or bias that is neither float32 nor bfloat16"
 IMPLS = (
     Impl(
         "native",
@@ -40,6 +40,7 @@ IMPLS = (
         dtypes=(torch.float32, torch.bfloat16),
         needs=("native",),
         limits=_limits,
+        refuses=frozenset({_UNREAD}),
         grad=False,
     ),
     Impl(
@@ -50,7 +51,7 @@ IMPLS = (
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         needs=("native:cuda",),
         limits=_cuda_limits,
-        refuses=frozenset({"a weight of another dtype"}),
+        refuses=frozenset({_MIXED}),
         grad=False,
     ),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:linear"),
@@ -60,9 +61,18 @@ IMPLS = (
 
 def facts(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Facts:
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    features = frozenset({"a weight of another dtype"} if weight.dtype != x.dtype else ())
+    features = {_MIXED} if weight.dtype != x.dtype else set()
+    if any(t is not None and t.dtype not in (torch.float32, torch.bfloat16) for t in (weight, bias)):
+        features.add(_UNREAD)
     d_in = x.shape[-1]
-    return Facts(x.device.type, x.dtype, 1, needs_grad, features, (("rows", x.numel() // max(1, d_in)), ("d_in", d_in)))
+    return Facts(
+        x.device.type,
+        x.dtype,
+        1,
+        needs_grad,
+        frozenset(features),
+        (("rows", x.numel() // max(1, d_in)), ("d_in", d_in)),
+    )
 
 
 OP = Op("linear", IMPLS, facts, "linear")
@@ -95,9 +105,6 @@ def linear(
     return OP.choose(facts(x, weight, bias), form, backend)(x, weight, bias)
 
 
-_few: dict[tuple[torch.dtype, str, str, bool], Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {}
-
-
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` of up to FEW_ROWS rows in one dtype, without gradient or checks: dozens of layers call it per token.
 
@@ -105,8 +112,5 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return linear(x, weight, bias)
-    key = (x.dtype, x.device.type, preferred("linear"), x.shape[-1] > WIDEST)
-    run = _few.get(key)
-    if run is None:
-        run = _few[key] = OP.choose(facts(x, weight, bias))
-    return run(x, weight, bias)
+    key = ("few rows", x.dtype, x.device.type, preferred("linear"), x.shape[-1] > WIDEST)
+    return remembered(key, lambda: OP.choose(facts(x, weight, bias)))(x, weight, bias)

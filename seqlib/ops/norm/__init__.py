@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 
-__all__ = ["IMPLS", "OP", "rms_norm"]
+__all__ = ["IMPLS", "OP", "rms_norm", "unit_length"]
 
 _HERE = "seqlib.ops.norm"
 
@@ -107,3 +108,20 @@ def rms_norm(
         raise UnsupportedInput(f"group_size must divide d={d}, got {group_size}")
     run = OP.choose(facts(x, weight, gate=gate, group_size=group_size), form, backend)
     return run(x, weight, gate=gate, norm_before_gate=norm_before_gate, group_size=group_size, eps=eps)
+
+
+def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum of squares + eps) over the last axis, from the norm of mean squares."""
+    d = x.shape[-1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # a traced tensor must not stay behind
+        scale = x.new_full((d,), d**-0.5, dtype=dtype)
+    else:
+        scale = _unit_scale(d, dtype, x.device)
+    return rms_norm(x, scale, eps=eps / d)
+
+
+@functools.lru_cache(maxsize=1024)
+def _unit_scale(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd could not save it later
+        return torch.full((d,), d**-0.5, dtype=dtype, device=device)

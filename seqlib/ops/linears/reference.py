@@ -1,0 +1,15 @@
+"""Several linear maps by their definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from seqlib.ops.linear.reference import linear
+
+__all__ = ["linears"]
+
+
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases))
