@@ -6,8 +6,11 @@ CONSTRAINTS := .ci/constraints.txt
 BIN := .venv/bin
 PIP := python -m pip --quiet --disable-pip-version-check
 JOBS ?= 2
+# Versions that the suite runs under in full: the oldest and the newest of pyproject.toml, and those between that differ.
+# 5.24 renamed the cache; 5.17 also has the older huggingface_hub and httpx.
+TRANSFORMERS ?= 5.17.0 5.23.0 5.24.0
 
-.PHONY: demo test test-long test-newest test-gpu lock suite check bench bench-gpu native sanitize-gpu peers clean
+.PHONY: demo test test-long test-newest test-transformers test-gpu lock suite check bench bench-gpu native sanitize-gpu peers clean
 
 # Rebuilt only when what is asked for changes. TORCH is installed first so that a plain CPU build is used.
 .venv/installed: pyproject.toml $(CONSTRAINTS)
@@ -35,6 +38,20 @@ test-newest:
 	rm -f .venv-newest/installed
 	$(MAKE) .venv-newest/installed
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(JOBS) -m "not slow"
+
+# The rest of each environment is the newest that goes with that transformers.
+.venv-transformers-%/installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/$(PIP) install "$(TORCH)"
+	$(@D)/bin/$(PIP) install --editable ".[test]" "transformers==$*"
+	touch $@
+
+# Every version runs, whatever an earlier one said; make test-transformers TRANSFORMERS=5.23.0 runs one.
+test-transformers: $(TRANSFORMERS:%=.venv-transformers-%/installed)
+	failed=; for version in $(TRANSFORMERS); do \
+	  echo "transformers $$version"; \
+	  OMP_NUM_THREADS=1 .venv-transformers-$$version/bin/python -m pytest -n $(JOBS) -m "not slow" || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "failed under transformers$$failed"; exit 1; }
 
 # torch and what comes with it differ by build: TORCH chooses them. triton may be older, as a torch for GPUs asks for its own.
 lock: .venv-newest/installed
@@ -82,4 +99,4 @@ native: .venv/installed
 	$(BIN)/python -m seqlib.native build
 
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info seqlib/_lib
+	rm -rf .venv .venv-newest .venv-transformers-* build dist *.egg-info seqlib/_lib

@@ -10,9 +10,34 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.bamba import modeling_bamba
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid
+from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
 VOCAB = 97
 COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _norms_by_groups(mixer: type[nn.Module]) -> None:
+    """transformers up to 5.17 norms over all groups of Mamba-2 at once, unlike the code that the weights come from.
+
+    Source: state-spaces/mamba, mamba_ssm/modules/mamba2.py (group_size = d_ssm // ngroups); right in 5.23.
+    """
+    build = mixer.__init__
+
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        if not hasattr(self.norm, "group_size"):
+            width = self.intermediate_size
+            self.norm = Zamba2RMSNormGated(width, width // self.n_groups, self.layer_norm_epsilon)
+
+    mixer.__init__ = made  # type: ignore[method-assign]
+
+
+_norms_by_groups(modeling_mamba2.Mamba2Mixer)
+_norms_by_groups(modeling_bamba.BambaMixer)
+_norms_by_groups(modeling_granitemoehybrid.GraniteMoeHybridMambaLayer)
 
 
 def shaken(model: nn.Module, scale: float = 0.3) -> nn.Module:

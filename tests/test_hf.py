@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from seqlib.errors import CheckpointMismatch, ConfigError
 from seqlib.hf import SeqlibConfig, SeqlibForCausalLM, SeqlibForSequenceClassification, SeqlibModel
+from seqlib.hf.pair import SeqlibForPairClassification
 from seqlib.mixers import MIXERS, looks_ahead
 from seqlib.mixers.mamba import MambaConfig
 
@@ -71,6 +72,9 @@ def test_names_of_transformers_are_aliases() -> None:
         ({"d_state": 4}, "d_state is a field of a mixer"),
         ({"vocabsize": 4}, "did you mean 'vocab_size'"),
         ({"tie_embeddings": True}, "did you mean 'tie_word_embeddings'"),
+        ({"zzz": 1}, "no field 'zzz'. Its fields are d_model, n_layer, "),
+        ({"n_layerz": 1}, "no field 'n_layerz'; did you mean 'n_layer'"),
+        ({"from_dict": 1}, "no field 'from_dict'"),
         ({"pooling": "max"}, "pooling must be"),
         ({"mlp": {"d_mlpp": 3}}, "mlp config has no field d_mlpp"),
         ({"n_layer": 0}, "n_layer must be a positive integer"),
@@ -79,6 +83,38 @@ def test_names_of_transformers_are_aliases() -> None:
 def test_what_describes_no_model_is_refused(fields: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SeqlibConfig(**fields)
+
+
+def test_what_transformers_writes_into_configs_is_read_back(tmp_path) -> None:
+    """Also what other versions wrote, and what quantisers and remote code leave there."""
+    written = {
+        "torch_dtype": "float32", "transformers_version": "4.57.0", "model_type": "seqlib", "num_labels": 3,
+        "auto_map": {"AutoConfig": "a.B"}, "quantization_config": {"quant_method": "x"}, "_name_or_path": "somewhere",
+        "_attn_implementation_autoset": True, "attn_implementation": "eager", "output_attentions": False,
+        "use_bfloat16": False, "is_decoder": True, "pruned_heads": {}, "tie_encoder_decoder": False, "top_k": 50,
+        "task_specific_params": None, "max_length": 20, "return_dict": True, "problem_type": "regression",
+    }  # fmt: skip
+    config = tiny_config("mamba", **written)
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+    for cls in (SeqlibForCausalLM, SeqlibForSequenceClassification):
+        model = cls(tiny_config("mamba")).to(torch.bfloat16)
+        model.set_attn_implementation("eager")
+        model.save_pretrained(tmp_path)
+        AutoModel.from_pretrained(tmp_path, dtype="auto").save_pretrained(tmp_path / "again")
+        assert AutoConfig.from_pretrained(tmp_path / "again").backbone == model.config.backbone
+
+
+@pytest.mark.parametrize(
+    "cls", [SeqlibModel, SeqlibForCausalLM, SeqlibForSequenceClassification, SeqlibForPairClassification]
+)
+def test_from_pretrained_names_what_is_no_option(cls: type, tmp_path) -> None:
+    cls(tiny_config("mamba")).save_pretrained(tmp_path)
+    assert cls.from_pretrained(tmp_path, norm_eps=0.5).config.norm_eps == 0.5
+    with pytest.raises(ConfigError, match=f"{cls.__name__} has no option 'n_layerz'.*; did you mean 'n_layer'"):
+        cls.from_pretrained(tmp_path, n_layerz=3)
+    with pytest.raises(ConfigError, match=r"no option 'zzz', nor has its config a field of that name\. What a config"):
+        cls(tiny_config("mamba"), zzz=3)
 
 
 def test_types_are_strict() -> None:

@@ -239,8 +239,37 @@ def test_the_cache_has_two_names_of_which_one_is_given(model) -> None:
     for name in CACHE_NAMES:
         before = returned_cache(model(ids[:, :5], use_cache=True))
         torch.testing.assert_close(model(ids[:, 5:], **{name: before}).logits, whole[:, 5:], **CLOSE)
-    with pytest.raises(UnsupportedInput, match="two names of one argument"):
-        model(ids, cache=SeqlibCache(), past_key_values=SeqlibCache())
+    for call in (model, model.generate):
+        with pytest.raises(UnsupportedInput, match="two names of one argument"):
+            call(ids, cache=SeqlibCache(), past_key_values=SeqlibCache())
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_either_name_of_the_cache_is_good_for_whatever_generates(model, name: str) -> None:
+    """In every version: as an argument, and of what comes back."""
+    (ids,) = prompt(6)
+    want = greedy(model, ids, 9, use_cache=False)
+    first = greedy(model, ids, 3, return_dict_in_generate=True)
+    before = getattr(first, name)
+    assert before is returned_cache(first) and before.get_seq_length() == 8
+    assert torch.equal(greedy(model, first.sequences, 6, **{name: copy.deepcopy(before)}), want)
+    beams = greedy(model, first.sequences, 6, num_beams=2, return_dict_in_generate=True)
+    given = {name: SeqlibCache()}
+    again = greedy(model, first.sequences, 6, num_beams=2, return_dict_in_generate=True, **given)
+    assert torch.equal(again.sequences, beams.sequences) and getattr(again, name) is given[name]
+    output = model(ids, use_cache=True)
+    assert getattr(output, name) is returned_cache(output)
+    inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **{name: SeqlibCache()})
+    assert [type(inputs[key]) for key in CACHE_NAMES if key in inputs] == [SeqlibCache]
+
+
+def test_lists_by_layer_of_a_cache_have_an_entry_for_each() -> None:
+    """transformers asks any() and all() of them, and empty lists would be neither."""
+    cache = SeqlibCache()
+    for n in (1, 3):
+        for name in ("is_linear", "is_sliding", "is_dummy"):
+            assert getattr(cache, name) == [False] * n
+        tiny("hybrid")(prompt(4)[0], cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -252,18 +281,35 @@ def test_the_cache_has_two_names_of_which_one_is_given(model) -> None:
         ({"past_key_value": None}, "past_key_values"),
         ({"output_hidden_state": True}, "output_hidden_states"),
         ({"seqidx": 1}, "seq_idx"),
+        ({"shift_label": 1}, "shift_labels"),
+        ({"num_item_in_batch": 1}, "num_items_in_batch"),
+        ({"zzz": 1}, None),
     ],
 )
-def test_an_argument_that_nobody_knows_is_refused_with_the_nearest(wrong: dict, meant: str) -> None:
+def test_an_argument_that_nobody_knows_is_refused_with_the_nearest(wrong: dict, meant: str | None) -> None:
     """In every forward, instead of results without it."""
     ids = torch.ones(1, 2, 4, dtype=torch.long)
     for cls in (SeqlibForCausalLM, SeqlibModel, SeqlibForSequenceClassification, SeqlibForPairClassification):
         model = cls(tiny_config("mamba"))
         with pytest.raises(UnsupportedInput, match=f"{cls.__name__} has no argument {next(iter(wrong))!r}") as error:
             model(ids if cls is SeqlibForPairClassification else ids[0], **wrong)
-        assert meant == "labels" or cls is SeqlibForPairClassification or f"did you mean {meant!r}" in str(error.value)
-    with pytest.raises(UnsupportedInput, match="nothing for output_attentions=True"):
-        SeqlibModel(tiny_config("mamba"))(ids[0], output_attentions=True)
+        name, said = next(iter(wrong)), str(error.value)
+        if meant is None:
+            assert f"no argument {name!r}. Its arguments are " in said
+        elif f"{meant}, " in said.partition("Its arguments are ")[2]:
+            assert f"did you mean {meant!r}? Its" in said
+        else:
+            assert cls is not SeqlibForCausalLM
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "token_type_ids", "cache_params", "encoder_hidden_states"])
+def test_what_these_models_lack_may_be_declined_but_not_asked_for(name: str) -> None:
+    model, (ids,) = tiny("mamba"), prompt(5)
+    for nothing in (None, False, 0):
+        assert torch.equal(model(ids, **{name: nothing}).logits, model(ids).logits)
+    for wanted in (True, ids):
+        with pytest.raises(UnsupportedInput, match=f"nothing for {name}="):
+            model(ids, **{name: wanted})
 
 
 def test_what_transformers_passes_to_any_model_is_let_through() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -280,3 +281,13 @@ def test_constraints_pin_what_the_project_asks_for() -> None:
             assert f"{release[0]}.{release[1] + 1}" not in requirement.specifier, "the next minor is not tested yet"
     makefile = (ROOT / "Makefile").read_text()
     assert "--constraint $(CONSTRAINTS)" in makefile
+
+
+def test_the_suite_runs_under_both_ends_of_what_transformers_may_be() -> None:
+    """`make test-transformers`: the oldest that pyproject.toml allows, what the constraints pin, and some between."""
+    (line,) = re.findall(r"^TRANSFORMERS \?= (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    versions = [Version(text) for text in line.split()]
+    (asked,) = (r for r in map(Requirement, PROJECT["project"]["dependencies"]) if r.name == "transformers")
+    assert versions == sorted(versions) and all(v in asked.specifier for v in versions)
+    assert {Version(s.version) for s in asked.specifier if s.operator == ">="} == {Version(str(versions[0])[:-2])}
+    assert f"transformers=={versions[-1]}" in (ROOT / ".ci" / "constraints.txt").read_text().splitlines()

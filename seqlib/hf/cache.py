@@ -70,6 +70,15 @@ class SeqlibCache(DynamicCache):
         return [False] * max(1, len(self))
 
     @property
+    def is_sliding(self) -> list[bool]:
+        # Nor are positions missing from it: whatever a layer forgets, masks are made by its full length.
+        return self.is_linear
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return self.is_linear
+
+    @property
     def is_croppable(self) -> bool:
         return True
 

@@ -1,7 +1,6 @@
 """The configuration of seqlib models in the form transformers stores."""
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -9,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
 from seqlib.errors import ConfigError
-from seqlib.hf.names import CACHE_NAMES
+from seqlib.hf.names import CACHE_NAMES, nearest, of_any_config
 from seqlib.mixers import MIXERS
 from seqlib.models.config import BackboneConfig
 
@@ -140,16 +139,18 @@ class SeqlibConfig(PretrainedConfig):
         return BackboneConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(BackboneConfig)})
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        """transformers keeps any keyword as an attribute; one that was meant for us must not pass in silence."""
+        """transformers keeps any keyword as an attribute; here only what it writes itself is let through."""
         own = [f.name for f in dataclasses.fields(self)]
         of_mixers = {f.name: kind for kind, cls in MIXERS.items() for f in dataclasses.fields(cls.Config)}
         for key in kwargs:
             if key in of_mixers:
                 kind = of_mixers[key]
                 raise ConfigError(f"{key} is a field of a mixer: write mixer={{'kind': {kind!r}, {key!r}: ...}}")
-            close = difflib.get_close_matches(key, own, n=1, cutoff=0.8)
-            if close:
-                raise ConfigError(f"SeqlibConfig has no field {key!r}; did you mean {close[0]!r}?")
+            if not of_any_config(key):
+                raise ConfigError(
+                    f"SeqlibConfig has no field {key!r}{nearest(key, own)} "
+                    f"Its fields are {', '.join(name for name in own if not hasattr(PretrainedConfig, name))}"
+                )
 
 
 def _layer_type(config: Any) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+import dataclasses
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import HfApi
@@ -27,7 +28,17 @@ from seqlib.hf.card import Card
 from seqlib.hf.configuration import SeqlibConfig
 from seqlib.hf.inputs import after_tokens, padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
-from seqlib.hf.names import CACHE, CACHE_NAMES, given_cache, output, refuse_unknown, returned_cache
+from seqlib.hf.names import (
+    CACHE,
+    CACHE_NAMES,
+    given_cache,
+    nearest,
+    output,
+    refuse_unknown,
+    returned_cache,
+    under_both_names,
+    under_one_name,
+)
 from seqlib.hf.rollback import Span
 from seqlib.layers.binding import fusable, has_hooks
 from seqlib.layers.init import normal_
@@ -60,7 +71,19 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": Block}  # noqa: RUF012
     card: Card | None = None
     """What the model card says beside the config; set it before saving or pushing."""
+    arguments_in_kwargs: ClassVar[tuple[str, ...]] = ()
+    """What `forward` reads from `**kwargs`: Trainer takes every argument named `*label*` for a column of its data."""
     _is_stateful = False  # our caches take rejected tokens back, so generate() may speculate
+
+    def __init__(self, config: SeqlibConfig, **unknown: Any) -> None:
+        # `from_pretrained` hands on what is neither its own option nor a field of the config.
+        for name in unknown:
+            raise ConfigError(
+                f"{type(self).__name__} has no option {name!r}, nor has its config a field of that name"
+                f"{nearest(name, (f.name for f in dataclasses.fields(config)))} What a config describes is given to "
+                "SeqlibConfig or by name to from_pretrained"
+            )
+        super().__init__(config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,8 +159,8 @@ class SeqlibPreTrainedModel(PreTrainedModel):
 class SeqlibModel(SeqlibPreTrainedModel):
     """Embedding and backbone: hidden states."""
 
-    def __init__(self, config: SeqlibConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: SeqlibConfig, **unknown: Any) -> None:
+        super().__init__(config, **unknown)
         self.embed_tokens = (
             NumberEmbedding(config.vocab_size, config.d_model)
             if config.embedding == "number"
@@ -267,15 +290,16 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     computes_loss_without_logits = True
+    arguments_in_kwargs = ("num_items_in_batch", "shift_labels")
 
-    def __init__(self, config: SeqlibConfig) -> None:
+    def __init__(self, config: SeqlibConfig, **unknown: Any) -> None:
         ahead = sorted({m.kind for m in config.backbone.mixers.values() if looks_ahead(m)})
         if ahead:
             raise ConfigError(
                 f"{', '.join(ahead)} reads what follows, so a language model would see the tokens it predicts; use a "
                 "causal mixer, or a classification model"
             )
-        super().__init__(config)
+        super().__init__(config, **unknown)
         self.model = SeqlibModel(config)
         self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         normal_(self.lm_head.weight, config.initializer_range)
@@ -310,10 +334,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             num_items_in_batch: what the summed loss is divided by; None: the number of scored tokens.
         """
         past_key_values = given_cache(cache, past_key_values)
-        num_items = kwargs.pop("num_items_in_batch", None)
-        shift_labels = kwargs.pop(
-            "shift_labels", None
-        )  # Trainer takes every argument named so for a column of its data
+        num_items, shift_labels = (kwargs.pop(name, None) for name in self.arguments_in_kwargs)
         refuse_unknown(self, kwargs)
         outputs = self.model(
             input_ids=input_ids,
@@ -344,6 +365,10 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return under_both_names(super().generate(*args, **under_one_name(kwargs)))
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -354,6 +379,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers, whose speculative decoding passes a prefix that the cache holds once more."""
+        kwargs = under_one_name(kwargs)
         for name in ("tokenizer", "assistant_tokenizer"):  # read by stop strings; transformers hands them on
             kwargs.pop(name, None)
         seen = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
@@ -403,8 +429,8 @@ class SeqlibForSequenceClassification(SeqlibPreTrainedModel):
 
     accepts_loss_kwargs = False  # the loss is a mean, which Trainer must divide by its accumulation steps
 
-    def __init__(self, config: SeqlibConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: SeqlibConfig, **unknown: Any) -> None:
+        super().__init__(config, **unknown)
         self.num_labels = config.num_labels or 2  # never None, but typed so
         self.model = SeqlibModel(config)
         self.score = nn.Linear(config.d_model, self.num_labels, bias=False)

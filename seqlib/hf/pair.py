@@ -56,8 +56,8 @@ class SeqlibForPairClassification(SeqlibPreTrainedModel):
     AutoModelForNextSentencePrediction, transformers' class for pairs, opens its checkpoints.
     """
 
-    def __init__(self, config: SeqlibConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: SeqlibConfig, **unknown: Any) -> None:
+        super().__init__(config, **unknown)
         self.loss_type = "ForSequenceClassification"  # transformers goes by the name of the class otherwise
         self.model = SeqlibModel(config)
         self.score = PairHead(config.pair_head, config.d_model, int(config.num_labels or 2))
