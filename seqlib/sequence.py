@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
 
-__all__ = ["SequenceInfo", "State", "StateList"]
+__all__ = ["SequenceInfo", "State", "StateList", "in_inference_mode"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,18 +221,23 @@ class State:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
+def in_inference_mode() -> bool:
+    """Whether tensors made now may be written to in torch.inference_mode only; compilers do not say."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 @dataclass
 class StateList:
     """The cache of a backbone: one state per layer and the number of positions seen, advanced by the backbone only."""
 
     states: list[State]
     seqlen: int = 0
-    inference: bool = dataclasses.field(default_factory=torch.is_inference_mode_enabled)
+    inference: bool = dataclasses.field(default_factory=in_inference_mode)
     """Tensors of it were made under torch.inference_mode, outside of which nothing may write to them."""
 
     def writable(self) -> StateList:
         """These states, or a copy where the mode does not let `step` write to them or autograd save them."""
-        return self.clone() if self.inference and not torch.is_inference_mode_enabled() else self
+        return self.clone() if self.inference and not in_inference_mode() else self
 
     def __len__(self) -> int:
         return len(self.states)

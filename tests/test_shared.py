@@ -119,7 +119,7 @@ def test_checkpoints_hold_shared_weights_once(tmp_path) -> None:
     want = model.generate(ids, max_new_tokens=5, do_sample=False)
     assert torch.equal(loaded.generate(ids, max_new_tokens=5, do_sample=False), want)
     half = SeqlibForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.model.backbone.layers[4].mixer._used[1].q_proj.weight.dtype == torch.bfloat16
+    assert half.model.backbone.layers[4].mixer._current().q_proj.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import nn
 
 from seqlib.errors import CheckpointMismatch
 from seqlib.hf.files import HUB_OPTIONS, WeightFiles, read_json
+from seqlib.layers.linear import is_plain
 
 __all__ = ["listed", "load_checked", "refuse_layers", "refuse_not_finite", "refuse_sizes"]
 
@@ -49,7 +50,7 @@ def _look(source: Any, options: Mapping[str, Any]) -> None:
 
 
 _LAYERS = ("n_layer", "num_hidden_layers", "n_layers", "num_blocks", "decoder_layers", "num_layers")
-_FREE = ("window", "l_max", "seed", "layer", "depth")
+_FREE = ("window", "l_max", "seed", "layer", "depth", "chunk_size", "block", "block_size", "bucket")
 """Integers of mixers that say nothing about the size of a weight."""
 
 
@@ -126,6 +127,8 @@ def refuse_not_finite(source: Any, model: nn.Module) -> None:
 def _finite(weight: torch.Tensor) -> bool:
     if weight.device.type == "meta" or not weight.is_floating_point() or not weight.numel():
         return True
+    if not is_plain(weight):
+        return True  # quantised while it was loaded; such classes know few operations
     low, high = torch.aminmax(weight.detach())  # both are NaN if one entry is
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

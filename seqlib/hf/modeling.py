@@ -30,10 +30,11 @@ from seqlib.hf.loading import load_checked
 from seqlib.hf.names import CACHE, CACHE_NAMES, given_cache, output, refuse_unknown, returned_cache
 from seqlib.hf.rollback import Span
 from seqlib.layers.init import normal_
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, ordinary, weight_is_all
 from seqlib.layers.mlp import MLP
 from seqlib.layers.moe import MoE
 from seqlib.layers.norm import RMSNorm
+from seqlib.layers.watched import has_hooks
 from seqlib.mixers import Mixer, looks_ahead
 from seqlib.models.aside import Aside, AsideUse, LowRank
 from seqlib.models.backbone import Backbone
@@ -96,6 +97,19 @@ class SeqlibPreTrainedModel(PreTrainedModel):
                 module.gradient_checkpointing, module.checkpoint_every = enable, every_n_layers
                 module._gradient_checkpointing_func = gradient_checkpointing_func
 
+    def post_init(self) -> None:
+        super().post_init()
+        if getattr(self.config, "quantization_config", None) is not None:
+            ordinary(self)  # quantisers look for that type
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("embed_tokens", "lm_head") and hasattr(value, "base_layer") and self.config.tie_word_embeddings:
+            # An adapter of PEFT on one of two layers with one weight: merged, it would change the other as well.
+            base = value.base_layer
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+            self.config.tie_word_embeddings = False
+        super().__setattr__(name, value)
+
     def init_weights(self) -> None:
         self.tie_weights()  # every part has initialised itself in its constructor
 
@@ -107,7 +121,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
             owned = (*module.parameters(), *module.buffers())
             if all(getattr(tensor, "_is_hf_initialized", False) for tensor in owned):
                 continue
-            if isinstance(module, nn.Embedding) or module in heads:
+            if isinstance(module, (nn.Embedding, NumberEmbedding)) or module in heads:
                 self._init_weights(module)
             elif isinstance(module, (Mixer, MLP, MoE, RMSNorm, Aside, AsideUse, LowRank)):
                 module.reset_parameters()
@@ -115,7 +129,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """An embedding or a head; transformers also calls it for the rows of a larger embedding."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, (nn.Linear, nn.Embedding, NumberEmbedding)):
             normal_(module.weight, self.config.initializer_range)
 
 
@@ -229,7 +243,7 @@ class SeqlibModel(SeqlibPreTrainedModel):
         """Hidden states of a span that follows the cache, which then stands behind it."""
         state, record = cache.states, cache.record
         plain = len(new) == 1 and new.seq is None and not torch.is_grad_enabled() and not recorded
-        if plain and state is not None and (record is None or not record.broken):
+        if plain and not has_hooks(self.backbone) and state is not None and (record is None or not record.broken):
             if self._has_room(cache, state, new.x.device):
                 if record is not None:
                     state = record.note_step(state, new)
@@ -312,7 +326,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
         labels = labels if labels is None else after_tokens(labels, attention_mask)
-        plain = type(self.lm_head) is Linear  # PEFT may have put something else in its place
+        plain = weight_is_all(self.lm_head)
         shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
         if labels is not None and shift_labels is None and not return_logits and plain:
             loss = lm_loss(hidden, self.lm_head.weight, labels, num_items=num_items, **shape)
@@ -346,7 +360,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         whole = attention_mask is None or attention_mask.shape[-1] == input_ids.shape[1]
         if next_sequence_length is None and is_first_iteration and whole and 0 < seen < input_ids.shape[1]:
             next_sequence_length = input_ids.shape[1] - seen
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
@@ -354,6 +368,9 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if CACHE in inputs:
+            inputs[CACHE_NAMES[-1]] = inputs.pop(CACHE)  # prompt tuning of PEFT knows the older name only
+        return inputs
 
     def _prepare_cache_for_generation(  # type: ignore[override] # it returns nothing, whatever its annotation says
         self,

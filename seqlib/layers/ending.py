@@ -76,16 +76,18 @@ class NormLinear(NamedTuple):
 class RatioLinear(NamedTuple):
     """linear(y[..., :-1] / (y[..., -1:] + eps)) of y (..., nheads, headdim + 1): values over what they were weighed by.
 
-    The last column comes of a column of ones beside v. Without eps there is none, and nothing is divided.
+    The last column comes of a column of ones beside v. Without eps there is none, and nothing is divided. `dtype` is
+    that of what linear is given.
     """
 
     linear: nn.Linear
     eps: float | None
+    dtype: torch.dtype
 
     def __call__(self, y: Tensor) -> Tensor:
         if self.eps is not None:
             y = y[..., :-1] / (y[..., -1:] + self.eps)
-        return self.linear(y.flatten(-2).to(self.linear.weight.dtype))
+        return self.linear(y.flatten(-2).to(self.dtype))
 
     def step(
         self,

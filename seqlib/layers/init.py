@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from seqlib.layers.linear import Affine
+
 __all__ = ["dt_bias_", "fill_", "linear_", "normal_", "uniform_"]
 
 
@@ -39,7 +41,7 @@ def normal_(tensor: Tensor, std: float) -> None:
         tensor.normal_(0.0, std)
 
 
-def linear_(layer: nn.Linear, scale: float = 1.0) -> None:
+def linear_(layer: nn.Linear | Affine, scale: float = 1.0) -> None:
     """torch's default for a linear layer, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), its weight multiplied by `scale`."""
     bound = 1 / math.sqrt(layer.in_features)
     uniform_(layer.weight, bound * scale)

@@ -118,7 +118,7 @@ class MoE(nn.Module):
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Weights, float32, and numbers of the chosen experts, both (ntokens, top_k)."""
         c = self.config
-        logits = F.linear(tokens, self.router.weight).to(torch.promote_types(tokens.dtype, torch.float32))
+        logits = self.router(tokens).to(torch.promote_types(tokens.dtype, torch.float32))
         scores = logits.sigmoid() if c.score == "sigmoid" else logits.softmax(-1)
         ranked = scores if self.choice_bias is None else scores + self.choice_bias
         if c.ngroups > 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, linear_
-from seqlib.layers.linear import Linear, unwatched
+from seqlib.layers.linear import Linear, weight_is_all
 from seqlib.ops import gelu_glu
 from seqlib.ops.linear import FEW_ROWS
 
@@ -84,8 +84,8 @@ class Readout(nn.Module):
             (self.activation, self.output) == ("gelu", "glu")
             and y.device.type == "cpu"
             and y.numel() > FEW_ROWS * y.shape[-1]
-            and type(proj) is Linear
+            and proj is not None
+            and weight_is_all(proj)
             and y.dtype == proj.weight.dtype
-            and unwatched(proj)
             and not torch.is_autocast_enabled("cpu")
         )

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from seqlib import native
 from seqlib.dispatch import may_be_native
-from seqlib.layers.linear import Linear, unwatched
+from seqlib.layers.linear import Linear, is_plain
+from seqlib.layers.watched import watched
 from seqlib.ops.linear import FEW_ROWS
 
-__all__ = ["plain", "project", "why_ops_apart"]
+__all__ = ["DTYPES", "plain", "project", "why_ops_apart"]
 
-_DTYPES = {
+DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
@@ -33,7 +34,7 @@ def why_ops_apart(x: Tensor, *ops: str, device: str = "cpu", config: str = "auto
         return f"a {type(x).__name__} knows the ops only"
     if x.device.type != device:
         return f"the one call is for {device}"
-    if x.dtype not in _DTYPES[device]:
+    if x.dtype not in DTYPES[device]:
         return f"dtype is {x.dtype}"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return "a compiler or autocast wants the parts"
@@ -67,11 +68,11 @@ def plain(layers: Sequence[nn.Module], rows: int, x: Tensor) -> tuple[list[Tenso
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     for layer in layers:
-        if type(layer) is not Linear or not unwatched(layer):
+        if type(layer) is not Linear or watched(layer):
             return None
         own = layer._parameters  # attributes of a module take longer to find than the rest together
         weight = own["weight"]
-        if weight is None or weight.dtype != x.dtype:
+        if weight is None or weight.dtype != x.dtype or not is_plain(weight):
             return None
         weights.append(weight)
         biases.append(own["bias"])

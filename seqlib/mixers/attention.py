@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.init import fill_, linear_
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, stored
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.positions import positions
 from seqlib.layers.rotary import Rotary
@@ -217,7 +217,7 @@ class Attention(Mixer[AttentionConfig]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> KVState:
-        weight = self.k_proj.weight
+        weight = stored(self.k_proj, self)
         return KVState.empty(
             batch,
             self.config.window or max_seqlen or 0,
@@ -230,7 +230,7 @@ class Attention(Mixer[AttentionConfig]):
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
         capacity = self.config.window or seqlen
-        weight = self.k_proj.weight
+        weight = stored(self.k_proj, self)
         token = 2 * self.nheads_kv * self.headdim * weight.element_size()
         if self.config.forget_gate:
             token += self.nheads * wide_dtype(weight).itemsize

@@ -232,6 +232,14 @@ class Shared(Mixer[SharedConfig]):
         self._used = (mixer, view)
         self.supports = mixer.supports  # type: ignore[misc]
 
+    def _current(self) -> Mixer:
+        """The view, made anew where a layer of the mixer has been replaced, by an adapter or a quantised one."""
+        mixer, view = self._used
+        held = (m.base if isinstance(m, Adapted) else m for m in view._modules.values())
+        if any(a is not b for a, b in zip(held, mixer._modules.values(), strict=True)):
+            self._use(mixer)
+        return self._used[1]
+
     def reset_parameters(self) -> None:
         if self.mixer is not None:
             self.mixer.reset_parameters()
@@ -247,10 +255,10 @@ class Shared(Mixer[SharedConfig]):
 
     def forward(self, x: Tensor, state: Any = None, seq: SequenceInfo | None = None) -> tuple[Tensor, Any]:
         self.check(x, seq)
-        return self._used[1](x, state, seq)
+        return self._current()(x, state, seq)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return self._used[1].step(x, state)
+        return self._current().step(x, state)
 
     def initial_state(
         self,

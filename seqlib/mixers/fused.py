@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from seqlib.layers.linear import Linear, unwatched
+from seqlib.layers.linear import Linear, is_plain
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.short_conv import ShortConv
-from seqlib.layers.steps import why_ops_apart
+from seqlib.layers.steps import DTYPES, why_ops_apart
+from seqlib.layers.watched import watched
 from seqlib.mixers.base import Mixer
 from seqlib.ops.linear import FEW_ROWS
 
@@ -29,6 +30,10 @@ def why_apart(
     if x.shape[:1] != state.shape[:1]:
         return "the state has another number of rows than x"
     for m in mixer._modules.values() if norm is None else (norm, *mixer._modules.values()):
-        if m is not None and (type(m) not in _PARTS or not unwatched(m)):
+        if m is not None and (type(m) not in _PARTS or watched(m)):
             return f"{type(m).__name__} is not of this library, or has hooks"
+        if type(m) is Linear and not is_plain(m.weight):
+            return f"a weight is a {type(m.weight).__name__}"
+        if type(m) is Linear and m.weight.dtype not in DTYPES[device]:
+            return f"a weight is {m.weight.dtype}"
     return why_ops_apart(x, *ops, device=device, config=mixer.config.backend)

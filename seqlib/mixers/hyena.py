@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, linear_, normal_
 from seqlib.layers.kept import Kept
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Affine, Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.layers.stream import InputsState
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide
@@ -95,8 +95,8 @@ class Hyena(Mixer[HyenaConfig]):
         self.conv1d = ShortConv(3 * d_model, c.d_conv, activation=None)
         self.positions = nn.Parameter(torch.empty(c.l_max, c.d_position))
         self.frequency = nn.Parameter(torch.empty(width))
-        layers = [nn.Linear(c.d_position, width), *(nn.Linear(width, width) for _ in range(c.n_inner))]
-        self.filter = nn.ModuleList([*layers, nn.Linear(width, d_model, bias=False)])
+        layers = [Affine(c.d_position, width), *(Affine(width, width) for _ in range(c.n_inner))]
+        self.filter = nn.ModuleList([*layers, Affine(width, d_model, bias=False)])
         self.D = nn.Parameter(torch.empty(d_model))
         self.out_proj = Linear(d_model, d_model)
         self._kept = Kept()
@@ -113,7 +113,7 @@ class Hyena(Mixer[HyenaConfig]):
         fill_(self.positions, torch.cat([self._time()[:, None], angle.cos(), -angle.sin()], 1))
         fill_(self.frequency, c.frequency)
         for layer in self.filter:
-            assert isinstance(layer, nn.Linear)
+            assert isinstance(layer, Affine)
             linear_(layer)
         normal_(self.D, 1.0)
         linear_(self.out_proj, self.residual_scale)

@@ -99,7 +99,7 @@ class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
         y, matrix = linear_attention(
             q, k, v, initial_state=matrix, causal=self.config.causal, seq=seq, backend=self.backend("linear_attention")
         )
-        return self.end()(y), MatrixState(matrix, length=advance(x, before, seq) if self.counts else None)
+        return self.end(x)(y), MatrixState(matrix, length=advance(x, before, seq) if self.counts else None)
 
     def step(self, x: Tensor, state: MatrixState) -> tuple[Tensor, MatrixState]:
         if not self.config.causal:
@@ -108,7 +108,7 @@ class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
         if state.length is not None:
             q, k = self.placed(q, k, state.length)
             state.length += 1
-        return self.end().step(q, k, v, None, state.state, config=self.config.backend), state
+        return self.end(x).step(q, k, v, None, state.state, config=self.config.backend), state
 
     def placed(self, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Features that know the positions of their tokens, for subclasses that count them."""
@@ -127,6 +127,6 @@ class LinearTransformer(MatrixMixer[LinearTransformerConfig]):
             return q, k
         return features(q), features(k)
 
-    def end(self) -> RatioLinear | NormLinear:
-        """What is done to what is read from the state."""
-        return RatioLinear(self.o_proj, self.config.eps if self.config.normalized else None)
+    def end(self, x: Tensor) -> RatioLinear | NormLinear:
+        """What is done to what is read from the state of inputs like x."""
+        return RatioLinear(self.o_proj, self.config.eps if self.config.normalized else None, x.dtype)

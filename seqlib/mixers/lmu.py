@@ -12,9 +12,9 @@ from torch import Tensor
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import linear_
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, stored
 from seqlib.layers.lti import add_carried
-from seqlib.mixers.base import Mixer, MixerConfig, positive, wide_dtype
+from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.ops import long_conv
 from seqlib.sequence import SequenceInfo, State
 
@@ -80,7 +80,7 @@ class LMU(Mixer[LMUConfig]):
     ) -> tuple[Tensor, LMUState]:
         self.check(x, seq)
         c = self.config
-        u = F.relu(self.u_proj(x)).to(wide_dtype(self.out_proj.weight))
+        u = wide(F.relu(self.u_proj(x)))
         kernel = _responses(c.d_state, c.theta, x.shape[1], u.dtype, u.device).repeat(c.n_memory, 1)
         m, _ = long_conv(u.repeat_interleave(c.d_state, -1), kernel, seq=seq, backend=self.backend("long_conv"))
         if state is not None:
@@ -125,12 +125,12 @@ class LMU(Mixer[LMUConfig]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> LMUState:
-        weight = self.out_proj.weight
+        weight = stored(self.out_proj, self)
         shape = (batch, self.config.n_memory, self.config.d_state)
         return LMUState(torch.zeros(shape, dtype=wide_dtype(weight), device=device or weight.device))
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
-        return batch * self.config.n_memory * self.config.d_state * wide_dtype(self.out_proj.weight).itemsize
+        return batch * self.config.n_memory * self.config.d_state * wide_dtype(stored(self.out_proj, self)).itemsize
 
 
 # Tensors made in inference mode could not serve a backward pass later.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
 from seqlib.layers.init import dt_bias_, fill_, linear_, uniform_
+from seqlib.layers.kept import Kept
 from seqlib.layers.linear import Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
@@ -96,7 +97,7 @@ class Mamba(Mixer[MambaConfig]):
             self.dt_norm = nn.Parameter(torch.empty(self.dt_rank))
             self.B_norm = nn.Parameter(torch.empty(n))
             self.C_norm = nn.Parameter(torch.empty(n))
-        self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self._kept = Kept()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -155,14 +156,7 @@ class Mamba(Mixer[MambaConfig]):
 
     def _A_kept(self) -> Tensor:
         """`_A` without gradient, computed again only when A_log has changed."""
-        if torch.compiler.is_compiling():
-            return self._A()
-        if self.A_log.is_inference():  # such tensors count no writes
-            return self._A()
-        key = (self.A_log.data_ptr(), self.A_log._version)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, self._A().detach())
-        return self._kept[1]
+        return self._kept("A", None, (self.A_log,), self._A)
 
     def _dt_B_C(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config

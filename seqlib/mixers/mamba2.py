@@ -165,7 +165,7 @@ class Mamba2(MatrixMixer[Mamba2Config]):
 
         With `norm`, x is the residual stream and the call also norms it and adds to it.
         """
-        c, dtype = self.config, self.in_proj.weight.dtype
+        c = self.config
         ops = ("linear", "causal_conv1d", "linear_attention") + (("norm",) if norm is not None or c.norm else ())
         if reason := why_apart(self, x, state.state, *ops, device="cuda" if x.is_cuda else "cpu", norm=norm):
             return reason
@@ -176,7 +176,7 @@ class Mamba2(MatrixMixer[Mamba2Config]):
             return f"it has no in_scales, d_conv up to {_TAPS}, headdim in fours and widths up to {WIDEST}"
         if norm is not None and (norm.offset or self.d_model % 4):
             return "its norm has no offset, and d_model is in fours"
-        entry = x if norm is None else norm.weight
+        entry, dtype = x if norm is None else norm.weight, self.in_proj.weight.dtype
         same = (entry, self.conv1d.weight, self.norm_weight, self.out_proj.weight, state.conv)
         if any(t is not None and t.dtype != dtype for t in same) or x.dtype not in (dtype, torch.float32):
             return f"not all of x, state and parameters are {dtype}, as in_proj is"

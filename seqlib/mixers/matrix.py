@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.layers.linear import stored
 from seqlib.layers.short_conv import ShortConv
 from seqlib.mixers.base import C, Mixer, wide_dtype
 from seqlib.sequence import State
@@ -61,7 +62,7 @@ class MatrixMixer(Mixer[C]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> MatrixState:
-        weight = next(self.parameters())
+        weight = stored(self, self)
         device = device or weight.device
         return MatrixState(
             torch.zeros(batch, *self.matrix_shape, dtype=wide_dtype(weight), device=device),
@@ -71,7 +72,7 @@ class MatrixMixer(Mixer[C]):
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
         nheads, d_state, headdim = self.matrix_shape
-        weight = next(self.parameters())
+        weight = stored(self, self)
         size = nheads * d_state * headdim * wide_dtype(weight).itemsize
         if hasattr(self, "conv1d"):
             channels, d_conv = self.conv1d.weight.shape

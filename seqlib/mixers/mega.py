@@ -13,7 +13,7 @@ from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.chunk_attention import SCORES, chunk_attention, chunk_attention_step
 from seqlib.layers.init import fill_, normal_
 from seqlib.layers.kept import Kept
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, stored
 from seqlib.layers.lti import Diagonal, add_carried, final_state
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
 from seqlib.mixers.lti import NoState, refuse_state
@@ -249,7 +249,7 @@ class Mega(Mixer[MegaConfig]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> MegaState:
-        c, weight = self.config, self.v_proj.weight
+        c, weight = self.config, stored(self.v_proj, self)
         if c.bidirectional:
             raise UnsupportedInput("mega with bidirectional=True has no state and cannot decode")
         device = device or weight.device
@@ -258,7 +258,7 @@ class Mega(Mixer[MegaConfig]):
         return MegaState(ema, KVState.empty(*sizes, dtype=dtype or weight.dtype, device=device))
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
-        c, weight = self.config, self.v_proj.weight
+        c, weight = self.config, stored(self.v_proj, self)
         if c.bidirectional:
             return 0
         token = (c.d_qk + self.hidden) * weight.element_size()

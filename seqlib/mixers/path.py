@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.layers.init import fill_, linear_
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, stored
 from seqlib.layers.norm import RMSNorm, unit_length
 from seqlib.layers.short_conv import ShortConv
 from seqlib.layers.steps import project
@@ -152,7 +152,7 @@ class Path(Mixer[PathConfig]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> PathMixerState:
-        weight = self.k_proj.weight
+        weight = stored(self.k_proj, self)
         kv = PathState.empty(
             batch,
             max_seqlen or 0,
@@ -165,7 +165,7 @@ class Path(Mixer[PathConfig]):
         return PathMixerState(kv, self.w_conv1d.initial_state(batch, device, dtype))
 
     def state_bytes(self, batch: int, seqlen: int) -> int:
-        weight = self.k_proj.weight
+        weight = stored(self.k_proj, self)
         wide_size, inner_kv = wide_dtype(weight).itemsize, self.nheads_kv * self.headdim
         token = inner_kv * (wide_size + weight.element_size())
         token += self.nheads * wide_size if self.config.forget_gate else 0

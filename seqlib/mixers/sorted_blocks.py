@@ -53,7 +53,7 @@ class LocalAttention(WholeHeads[LocalAttentionConfig]):
         if not self.config.lra_faithful:
             return super()._each_document(x, seq)
         (q, k, v), mask = strided_blocks(self.heads(x), self.config.block, seq, self.config)
-        return self.out(restored(_per_block(q, k, v, mask), x.shape[1]))
+        return self.out(restored(_per_block(q, k, v, mask), x.shape[1]), x)
 
     def attend(self, *heads: Tensor) -> Tensor:
         (q, k, v), real = in_blocks(heads, self.config.block)
@@ -105,18 +105,18 @@ class Sinkhorn(WholeHeads[SinkhornConfig]):
         if not self.config.lra_faithful:
             return super()._each_document(x, seq)
         blocks, mask = strided_blocks([x[:, :, None], *self.heads(x)], self.config.block, seq, self.config)
-        return self.out(restored(self._attend(blocks[0].squeeze(-2), blocks[1:], mask), x.shape[1]))
+        return self.out(restored(self._attend(blocks[0].squeeze(-2), blocks[1:], mask), x.shape[1]), x)
 
     def mix(self, x: Tensor) -> Tensor:
         (inputs, *blocks), real = in_blocks([x[:, :, None], *self.heads(x)], self.config.block)
         y = self._attend(inputs.squeeze(-2), blocks, real.expand(inputs.shape[:3]))
-        return self.out(y.flatten(1, 2)[:, : x.shape[1]])
+        return self.out(y.flatten(1, 2)[:, : x.shape[1]], x)
 
     def _attend(self, x: Tensor, blocks: list[Tensor], real: Tensor) -> Tensor:
         """x (b, c, n, d_model) and heads (b, c, n, h, p) by blocks, real (b, c, n) -> heads."""
         q, k, v = blocks
         count = real.sum(-1, keepdim=True).clamp(min=1)
-        order = self._order((x * real[..., None]).sum(2) / count)
+        order = self._order(((x * real[..., None]).sum(2) / count).to(x.dtype))
         there = torch.einsum("bij,bjn->bin", order, real.to(order.dtype))
         # A block that is not full has nothing to give at its end: what arrives there is divided by what was there.
         share = there.clamp(min=1e-9)[..., None, None]
@@ -131,7 +131,7 @@ class Sinkhorn(WholeHeads[SinkhornConfig]):
                 f"sinkhorn has weights for {self.config.max_seqlen} positions, got {count * self.config.block}; "
                 "raise max_seqlen or cut"
             )
-        scores = wide(self.sort_proj(summaries.to(self.sort_proj.weight.dtype)))[..., :count]
+        scores = wide(self.sort_proj(summaries))[..., :count]
         if self.config.lra_faithful:
             scores, iterations = scores.clamp(-1, 1), 1
         else:

@@ -82,7 +82,7 @@ class Synthesizer(WholeHeads[SynthesizerConfig]):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
         (v,) = self.heads(x)
-        return self.out((torch.softmax(scores, -1) @ v.transpose(1, 2)).transpose(1, 2))
+        return self.out((torch.softmax(scores, -1) @ v.transpose(1, 2)).transpose(1, 2), x)
 
     def _scores(self, x: Tensor) -> Tensor:
         """(1 or ndocs, nheads, n, n)."""

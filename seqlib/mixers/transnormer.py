@@ -70,7 +70,7 @@ class TransNormer(LinearTransformer):
         q, k = self.lrpe(at, q, k)
         return q, k
 
-    def end(self) -> NormLinear:
+    def end(self, x: Tensor) -> NormLinear:
         return NormLinear(self.o_proj, None, group_size=self.d_model, eps=_EPS)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
 from seqlib.layers.init import linear_
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, stored
 from seqlib.mixers.base import Mixer, MixerConfig, positive
 from seqlib.mixers.lti import NoState, refuse_state
 from seqlib.mixers.matrix import divide
@@ -89,7 +89,7 @@ class WholeMixer(Mixer[C]):
     ) -> PastInputs:
         if not self.causal:
             raise UnsupportedInput(f"{self.config.kind} reads in both directions: it has no state and cannot decode")
-        like = next(self.parameters())
+        like = stored(self, self)
         device = device or like.device
         return PastInputs(
             torch.zeros(batch, max_seqlen or 0, self.d_model, dtype=dtype or like.dtype, device=device),
@@ -99,7 +99,7 @@ class WholeMixer(Mixer[C]):
     def state_bytes(self, batch: int, seqlen: int) -> int:
         if not self.causal:
             return 0
-        return batch * (seqlen * self.d_model * next(self.parameters()).element_size() + torch.long.itemsize)
+        return batch * (seqlen * self.d_model * stored(self, self).element_size() + torch.long.itemsize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class WholeHeads(WholeMixer[H]):
         linear_(self.get_submodule("o_proj"), self.residual_scale)  # type: ignore[arg-type]
 
     def mix(self, x: Tensor) -> Tensor:
-        return self.out(self.attend(*self.heads(x)))
+        return self.out(self.attend(*self.heads(x)), x)
 
     def attend(self, *heads: Tensor) -> Tensor:
         """(ndocs, n, nheads, headdim) per projection -> one of that shape."""
@@ -143,9 +143,9 @@ class WholeHeads(WholeMixer[H]):
         """One (..., nheads, headdim) per projection."""
         return [self.get_submodule(name)(x).unflatten(-1, (-1, self.headdim)) for name in self.projections]
 
-    def out(self, y: Tensor) -> Tensor:
-        projection = self.get_submodule("o_proj")
-        return projection(y.flatten(-2).to(next(projection.parameters()).dtype))
+    def out(self, y: Tensor, x: Tensor) -> Tensor:
+        """Heads y of inputs like x through the last projection."""
+        return self.get_submodule("o_proj")(y.flatten(-2).to(x.dtype))
 
 
 def softmax_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from seqlib.errors import UnsupportedInput
 from seqlib.layers.norm import RMSNorm
+from seqlib.layers.watched import watched
 from seqlib.mixers import Mixer
+from seqlib.mixers.base import without_gradients
 from seqlib.mixers.compose import share
 from seqlib.models.aside import Aside, AsideState
 from seqlib.models.block import Block
 from seqlib.models.config import BackboneConfig
-from seqlib.sequence import SequenceInfo, State, StateList
+from seqlib.sequence import SequenceInfo, State, StateList, in_inference_mode
 
 __all__ = ["Backbone", "param_groups"]
 
@@ -65,25 +67,52 @@ class Backbone(nn.Module):
         for i, layer in enumerate(layers):
             before = None if state is None else state[i]
             if remember and i % self.checkpoint_every == 0:
-                x, after = self._gradient_checkpointing_func(layer.__call__, x, before, seq, *self._aside(i, first))
+                x, after = self._again_in_backward(layer, x, before, seq, *self._aside(i, first))
             else:
                 x, after = layer(x, before, seq, *self._aside(i, first))
             states.append(after)
         seen = 0 if state is None else state.seqlen
         return self.norm(x), StateList(states, seen + x.shape[1])
 
-    @torch.no_grad()
+    def _again_in_backward(
+        self, layer: Block, x: Tensor, before: State | None, seq: SequenceInfo | None, *aside: Any
+    ) -> tuple[Tensor, State]:
+        """A layer under gradient checkpointing, which hands on the gradients of plain tensors only: so the tensors of
+        states and the stack's first input go in and out as such."""
+        first, block = aside or (None, None)
+        made: list[State] = []
+
+        def run(x: Tensor, first: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+            x, after = layer(x, None if before is None else _filled(before, tensors), seq, first, block)
+            made.append(after)
+            return (x, *after.tensors())
+
+        given = () if before is None else tuple(before.tensors())
+        x, *tensors = self._gradient_checkpointing_func(run, x, first, *given)
+        return x, _filled(made[0], tensors)
+
+    @without_gradients
     def step(self, x: Tensor, state: StateList, depth: int | None = None) -> tuple[Tensor, StateList]:
         """One position, x: (batch, d_model). Writes into `state` and returns it."""
         state = state.writable()
-        state.inference = torch.is_inference_mode_enabled()
+        state.inference = in_inference_mode()
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         first = x
         for i, layer in enumerate(self._first(depth)):
-            x, state.states[i] = layer.step(x, state.states[i], *self._aside(i, first))
+            x, state.states[i] = self._step(layer, x, state.states[i], *self._aside(i, first))
         state.seqlen += 1
         return self.norm(x), state
+
+    @staticmethod
+    def _step(layer: Block, x: Tensor, state: State, *aside: Any) -> tuple[Tensor, State]:
+        """One layer's step; its `forward` on one position where somebody watches its calls."""
+        if not (watched(layer) or (aside and watched(aside[1]))):
+            return layer.step(x, state, *aside)
+        if aside:
+            aside = (aside[0].unsqueeze(1), aside[1])
+        x, state = layer(x.unsqueeze(1), state, None, *aside)
+        return x.squeeze(1), state
 
     def _aside(self, layer: int, first: Tensor) -> tuple[Any, ...]:
         """What a layer that uses an `Aside` needs besides."""
@@ -157,6 +186,12 @@ def param_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict
         group = groups.setdefault(tuple(sorted(wanted.items())), {"params": [], **wanted})
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def _filled(state: State, tensors: Iterable[Tensor]) -> State:
+    """The same state with these tensors, in the order of `State.tensors`."""
+    rest = iter(tensors)
+    return state.map(lambda _: next(rest))
 
 
 def _checkpoint(function: Callable[..., Any], *args: Any) -> Any:

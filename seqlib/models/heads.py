@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.init import normal_
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, weight_is_all
+from seqlib.mixers.base import wide
 from seqlib.models.backbone import Backbone
 from seqlib.models.config import BackboneConfig
 from seqlib.ops.linear_cross_entropy import linear_cross_entropy
@@ -68,21 +69,24 @@ class Embedding(nn.Embedding):
 
     def __init__(self, vocab_size: int, d_model: int, scale: float = 1.0) -> None:
         super().__init__(vocab_size, d_model)
-        self.scale = scale
+        self.embed_scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
         x = super().forward(ids)
-        return x if self.scale == 1 else x * self.scale
+        return x if self.embed_scale == 1 else x * self.embed_scale
 
 
-class NumberEmbedding(nn.Embedding):
+class NumberEmbedding(nn.Module):
     """Ids 0 .. vocab_size - 1 as numbers from -1 to 1, and a linear map of those: for pixels.
 
     x = (2 id / (vocab_size - 1) - 1) weight[0] + weight[1]
+
+    Not an `nn.Embedding`: it looks nothing up, so what adapts a table of rows would adapt it wrongly.
     """
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__(2, d_model)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, d_model))
         self.vocab_size = vocab_size
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -137,4 +141,7 @@ class LanguageModel(nn.Module):
     def loss(self, ids: Tensor, labels: Tensor | None = None, seq: SequenceInfo | None = None) -> Tensor:
         """Mean cross entropy of the next token, in nats."""
         hidden, _ = self.backbone(self.embed_tokens(ids), None, seq)
-        return lm_loss(hidden, self.lm_head.weight, ids if labels is None else labels)
+        labels = ids if labels is None else labels
+        if weight_is_all(self.lm_head):
+            return lm_loss(hidden, self.lm_head.weight, labels)
+        return F.cross_entropy(wide(self.lm_head(hidden[:, :-1])).flatten(0, 1), labels[:, 1:].flatten())
