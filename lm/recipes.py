@@ -11,7 +11,8 @@ from typing import Any
 
 from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
-from seqlib.hf.recipes import LAYERS, check_numbers, checked_mixer
+from seqlib.hf.recipes import LAYERS, check_numbers
+from seqlib.mixers import mixer_config
 
 __all__ = ["RECIPES", "Recipe", "demo", "mixer_sweep", "tiny"]
 
@@ -94,7 +95,7 @@ class Recipe:
                     f"recipe {self.name}: mixers.{name} must be an object with a kind, such as "
                     f'{{"kind": "mamba"}}, got {mixer!r}'
                 )
-            checked_mixer(f"recipe {self.name}: mixers.{name}", mixer)
+            mixer_config(mixer)
 
     @property
     def tokens(self) -> int:

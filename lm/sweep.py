@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.hf.recipes import checked_mixer, layers_of
+from seqlib.hf.recipes import layers_of
 from seqlib.hf.runs import is_run, read_json, write_aside
 from seqlib.mixers import MIXERS, looks_ahead, mixer_config, sized
 
@@ -57,7 +57,7 @@ def equal_recipes(recipe: Recipe, wanted: Sequence[str] | None = None) -> dict[s
     for text in wanted or _alone():
         config = _one(text)
         shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for k, v in config.items())
-        config = mixer_config(checked_mixer(f"--mixer {text}", config)).to_dict()
+        config = mixer_config(config).to_dict()
         narrow, wide = (_size(_with(recipe, shown, config, mlp | {"d_mlp": width})) for width in (8, 16))
         width = round(8 + 8 * (target - narrow) / (wide - narrow))
         if width < 8:
@@ -70,7 +70,7 @@ def _one(text: str) -> dict[str, Any]:
     layers = layers_of(text)
     if len(layers) != 1:
         raise ConfigError(f"--mixer {text!r} names several; a sweep has one kind in each model: repeat --mixer")
-    if layers[0]["kind"] in MIXERS and looks_ahead(mixer_config(checked_mixer(f"--mixer {text}", layers[0]))):
+    if layers[0]["kind"] in MIXERS and looks_ahead(layers[0]):
         raise ConfigError(f"--mixer {text!r} reads what follows, which no language model may")
     return layers[0]
 

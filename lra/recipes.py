@@ -11,7 +11,7 @@ from typing import Any
 
 from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
-from seqlib.hf.recipes import LAYERS, check_numbers, checked_mixer
+from seqlib.hf.recipes import LAYERS, check_numbers
 from seqlib.mixers import MIXERS, looks_ahead
 
 from .prepare import generator_options
@@ -104,13 +104,7 @@ class Recipe:
                 f"recipe {self.name} needs the mixer {', '.join(absent)}, which this version does not have; "
                 f"it has: {', '.join(MIXERS)}"
             )
-        ahead = sorted(
-            {
-                str(m["kind"])
-                for name, m in self.mixers.items()
-                if looks_ahead(checked_mixer(f"recipe {self.name}: mixers.{name}", m))
-            }
-        )
+        ahead = sorted({str(m["kind"]) for m in self.mixers.values() if looks_ahead(m)})
         if self.task in RECALL and ahead:
             raise ConfigError(
                 f"recipe {self.name}: {', '.join(ahead)} reads what follows, and {self.task} asks for the next token; "

@@ -21,9 +21,9 @@ from seqlib.bench.clock import machine
 from seqlib.errors import ConfigError
 from seqlib.hf.console import quiet
 from seqlib.hf.keep import locked
-from seqlib.hf.recipes import checked_mixer, layers_of
+from seqlib.hf.recipes import layers_of
 from seqlib.hf.runs import read_metrics, write_aside
-from seqlib.mixers import sized
+from seqlib.mixers import mixer_config, sized
 
 from .charts import plot_length, plot_state
 from .data import DataSource
@@ -180,7 +180,9 @@ def named_mixers(wanted: Sequence[str], d_model: int) -> dict[str, list[dict[str
     for text in wanted:
         configs = layers_of(text)
         shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for config in configs for k, v in config.items())
-        found[shown] = [sized(checked_mixer(f"--mixer {text}", config), d_model) for config in configs]
+        for config in configs:
+            mixer_config(config)  # refuses what no mixer can be
+        found[shown] = [sized(config, d_model) for config in configs]
     return found
 
 

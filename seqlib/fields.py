@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -16,6 +16,7 @@ __all__ = ["from_fields"]
 
 T = TypeVar("T")
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+_PLURALS = {int: "integers", float: "numbers", bool: "true or false", str: "texts"}
 
 
 def from_fields(cls: type[T], values: Mapping[str, Any], what: str) -> T:
@@ -38,9 +39,9 @@ def from_fields(cls: type[T], values: Mapping[str, Any], what: str) -> T:
             + f"; known: {', '.join(sorted(hints))}"
         )
     for name, value in values.items():
-        kinds = _kinds(hints[name])
-        if kinds and not any(_is(value, kind) for kind in kinds):
-            allowed = " or ".join(_WORDS[kind] for kind in kinds)
+        options = _options(hints[name])
+        if not any(_is(value, option) for option in options):
+            allowed = " or ".join(_word(option) for option in options)
             raise ConfigError(f"{what}: {name} must be {allowed}, got {value!r}")
     return cls(**values)
 
@@ -51,15 +52,27 @@ def _hints(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
-def _kinds(hint: Any) -> tuple[type, ...]:
-    """The plain types of a declaration; () where it also allows something else, which its own config checks."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return options if all(option in _WORDS for option in options) else ()
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that a declaration allows."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _is(value: Any, kind: type) -> bool:
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        right = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        return right and all(_is(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind) is Mapping:  # whose values their own config checks
+        return isinstance(value, Mapping)
+    if dataclasses.is_dataclass(kind):  # which is checked when it is made
+        return isinstance(value, (Mapping, kind))  # type: ignore[arg-type]
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
         return isinstance(value, (int, float)) and not math.isnan(value)
     return isinstance(value, kind)
+
+
+def _word(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list of {_PLURALS.get(get_args(kind)[0], 'objects')}"
+    return _WORDS.get(kind, "an object")

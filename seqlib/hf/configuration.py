@@ -136,7 +136,7 @@ class SeqlibConfig(PretrainedConfig):
     @property
     def backbone(self) -> BackboneConfig:
         """The part that `seqlib.models.Backbone` is built from."""
-        return BackboneConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(BackboneConfig)})
+        return BackboneConfig.from_dict({f.name: getattr(self, f.name) for f in dataclasses.fields(BackboneConfig)})
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         """transformers keeps any keyword as an attribute; here only what it writes itself is let through."""

@@ -15,7 +15,13 @@ from seqlib.errors import SeqlibError
 
 __all__ = ["interruptible", "quiet", "run"]
 
-_NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "array is too big")
+_NO_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "calculation overflowed",
+    "multiplication overflow",
+    "array is too big",
+)
 
 
 def quiet() -> None:

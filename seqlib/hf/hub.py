@@ -30,6 +30,8 @@ def check_name(name: str, what: str, remedy: str, kind: str = "model") -> None:
         ConfigError: there is none, or the Hub cannot be reached.
     """
     if Path(name).exists():
+        if not Path(name).is_dir():  # files of models and data sets are in folders; reading a pipe would wait for ever
+            raise ConfigError(f"{name} is no folder, so it holds no {what}; {remedy}")
         return
     missing = f"no {what} {name!r} was found: no such file or folder here"
     try:

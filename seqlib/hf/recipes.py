@@ -13,9 +13,9 @@ from torch import nn
 from transformers import set_seed
 
 from seqlib.errors import ConfigError, SeqlibError
-from seqlib.mixers import MIXERS, mixer_config
+from seqlib.mixers import MIXERS
 
-__all__ = ["LAYERS", "built", "check_numbers", "checked_mixer", "layers_of"]
+__all__ = ["LAYERS", "built", "check_numbers", "layers_of"]
 
 LAYERS = 10_000
 M = TypeVar("M", bound=nn.Module)
@@ -52,19 +52,6 @@ def layers_of(text: str) -> list[dict[str, Any]]:
     if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
         raise ConfigError(f'--mixer needs a kind, like {{"kind": "mamba"}}, got {text}')
     return [found]
-
-
-def checked_mixer(where: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a mixer, as it was given.
-
-    Raises:
-        ConfigError: a kind or field that does not exist, or a value that its field cannot take.
-    """
-    try:
-        mixer_config(config)
-    except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise ConfigError(f"{where} has a value of another type than its field ({error})") from error
-    return config
 
 
 def built(name: str, seed: int, make: Callable[[], M]) -> M:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
 from seqlib.fields import from_fields
 from seqlib.mixers.attention import Attention, SlidingAttention
@@ -111,7 +112,10 @@ def mixer_config(values: Mapping[str, Any] | MixerConfig) -> MixerConfig:
     kind = fields.get("kind")
     if not isinstance(kind, str) or kind not in MIXERS:
         raise ConfigError(f"unknown mixer kind {kind!r}; known: {', '.join(sorted(MIXERS))}")
-    return from_fields(MIXERS[kind].Config, fields, kind)
+    config = from_fields(MIXERS[kind].Config, fields, kind)
+    if config.backend not in ("auto", *BACKENDS):
+        raise ConfigError(f"{kind}: backend must be one of auto, {', '.join(BACKENDS)}, got {config.backend!r}")
+    return config
 
 
 def looks_ahead(values: Mapping[str, Any] | MixerConfig) -> bool:

@@ -16,7 +16,7 @@ from seqlib.layers.norm import RMSNorm
 from seqlib.layers.positions import positions
 from seqlib.layers.rotary import Rotary
 from seqlib.layers.steps import project
-from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
+from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype, within
 from seqlib.ops import attention
 from seqlib.ops.attention import KVState
 from seqlib.ops.attention import step as attention_step
@@ -70,6 +70,7 @@ class AttentionConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "nheads", "nheads_kv", "headdim", "window", "d_out")
+        within(self, 0, 1, "rotary_fraction")
         if self.forget_gate and not self.causal:
             raise ConfigError(f"{self.kind}: forget_gate says what later tokens forget and needs causal=True")
 

@@ -26,7 +26,7 @@ from seqlib.dispatch import preferred
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.sequence import SequenceInfo, State
 
-__all__ = ["Mixer", "MixerConfig", "positive", "unpadded", "wide", "wide_dtype", "without_gradients"]
+__all__ = ["Mixer", "MixerConfig", "positive", "unpadded", "wide", "wide_dtype", "within", "without_gradients"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +171,14 @@ def positive(config: MixerConfig, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ConfigError(f"{config.kind}: {name} must be a positive integer, got {value!r}")
+
+
+def within(config: MixerConfig, least: float, most: float, *names: str) -> None:
+    """Raise ConfigError unless every named field is a number from `least` to `most`."""
+    for name in names:
+        value = getattr(config, name)
+        if not least <= value <= most:
+            raise ConfigError(f"{config.kind}: {name} must be a number from {least:,} to {most:,}, got {value!r}")
 
 
 def unpadded(config: MixerConfig, seq: SequenceInfo | None) -> SequenceInfo | None:

@@ -14,7 +14,7 @@ from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.layers.steps import project
-from seqlib.mixers.base import MixerConfig, positive, wide
+from seqlib.mixers.base import MixerConfig, positive, wide, within
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import delta_rule
 from seqlib.ops.norm import unit_length
@@ -42,6 +42,7 @@ class DeltaConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "nheads", "nheads_v", "headdim", "d_conv")
+        within(self, 0, 1000, "expand_v")
 
 
 @dataclass(frozen=True, kw_only=True)

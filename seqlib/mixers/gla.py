@@ -14,7 +14,7 @@ from seqlib.layers.ending import NormLinear
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
 from seqlib.layers.steps import project
-from seqlib.mixers.base import MixerConfig, positive, wide
+from seqlib.mixers.base import MixerConfig, positive, wide, within
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import linear_attention
 from seqlib.sequence import SequenceInfo
@@ -40,6 +40,7 @@ class GLAConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "nheads", "gate_rank")
+        within(self, 0, 1000, "expand_k", "expand_v")
         if self.gate_normalizer <= 0:
             raise ConfigError(f"gla: gate_normalizer must be positive, got {self.gate_normalizer}")
 

@@ -17,7 +17,7 @@ from seqlib.layers.kept import Kept
 from seqlib.layers.linear import Affine, Linear
 from seqlib.layers.short_conv import ShortConv
 from seqlib.layers.stream import InputsState
-from seqlib.mixers.base import Mixer, MixerConfig, positive, wide
+from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, within
 from seqlib.ops import long_conv
 from seqlib.ops.derivatives import recomputed
 from seqlib.ops.long_conv import OnlineConv
@@ -54,6 +54,7 @@ class HyenaConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "l_max", "d_conv", "d_filter", "d_position", "n_inner")
+        within(self, 1, 1000, "n_inner")
         if self.d_position % 2 == 0 or self.d_position < 3:
             raise ConfigError(f"hyena: d_position must be odd and at least 3, got {self.d_position}")
         if not 0 < self.fast_decay <= self.slow_decay:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqlib.errors import UnsupportedInput
 from seqlib.layers.init import normal_
 from seqlib.layers.positions import advance, positions
-from seqlib.mixers.base import Mixer, MixerConfig, positive
+from seqlib.mixers.base import Mixer, MixerConfig, positive, within
 from seqlib.sequence import SequenceInfo, State
 
 __all__ = ["LearnedPositions", "LearnedPositionsConfig", "PositionState"]
@@ -28,6 +28,7 @@ class LearnedPositionsConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "max_seqlen")
+        within(self, 0, 1, "init_std")
 
 
 @dataclass

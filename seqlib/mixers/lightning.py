@@ -18,7 +18,7 @@ from seqlib.layers.lrpe import LRPE
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.positions import advance, positions
 from seqlib.layers.rotary import Rotary
-from seqlib.mixers.base import MixerConfig, positive
+from seqlib.mixers.base import MixerConfig, positive, within
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import linear_attention
 from seqlib.sequence import SequenceInfo
@@ -53,6 +53,7 @@ class LightningConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "nheads", "headdim", "norm_groups")
+        within(self, 0, 1, "init_std", "rotary_fraction")
         if self.variant not in ("transnormer", "minimax", "ring"):
             raise ConfigError(f"lightning: variant must be 'transnormer', 'minimax' or 'ring', got {self.variant!r}")
         foreign = ("lrpe",) if self.variant == "ring" else ("qk_norm", "rotary_fraction", "rope_theta", "norm_groups")

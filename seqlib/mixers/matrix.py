@@ -81,7 +81,9 @@ class MatrixMixer(Mixer[C]):
 
 
 def divide(kind: str, whole: str, width: int, part: str, size: int) -> int:
-    """width / size, refused unless it is whole."""
+    """width / size, refused unless it is whole and at least 1."""
+    if width < 1:
+        raise ConfigError(f"{kind}: {whole} must be at least 1, got {width}")
     if width % size:
         raise ConfigError(f"{kind}: {part} must divide {whole}={width}, got {size}")
     return width // size

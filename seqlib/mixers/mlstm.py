@@ -13,7 +13,7 @@ from seqlib.errors import ConfigError
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
 from seqlib.layers.steps import project
-from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype
+from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype, within
 from seqlib.mixers.matrix import divide
 from seqlib.ops import linear_attention
 from seqlib.ops.linear_attention import step as attention_step
@@ -39,6 +39,7 @@ class MLSTMConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "nheads")
+        within(self, 0, 1000, "expand_k", "expand_v")
         if not 0 < self.gate_cap <= 40:  # exp of more, summed up, leaves float32
             raise ConfigError(f"mlstm: gate_cap must be in (0, 40], got {self.gate_cap}")
 

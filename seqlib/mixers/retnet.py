@@ -15,7 +15,7 @@ from seqlib.layers.linear import Linear
 from seqlib.layers.positions import advance, positions
 from seqlib.layers.rotary import Rotary
 from seqlib.layers.steps import project
-from seqlib.mixers.base import MixerConfig, positive
+from seqlib.mixers.base import MixerConfig, positive, within
 from seqlib.mixers.matrix import MatrixMixer, MatrixState, divide
 from seqlib.ops import linear_attention
 from seqlib.sequence import SequenceInfo
@@ -39,6 +39,7 @@ class RetNetConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         positive(self, "nheads")
+        within(self, 0, 1000, "expand_k", "expand_v")
 
 
 class RetNet(MatrixMixer[RetNetConfig]):

@@ -26,6 +26,8 @@ __all__ = ["SGConv", "SGConvConfig"]
 # Up to this many bends of the kernel decoding sums over them; `OnlineConv` needs about as much work with more.
 SPARSE = 64
 
+_MOST_SCALES = 40  # each doubles the lags
+
 
 @dataclass(frozen=True, kw_only=True)
 class SGConvConfig(ConvConfig):
@@ -68,6 +70,8 @@ class SGConvConfig(ConvConfig):
                 raise ConfigError(f"sgconv: {name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if not 0 < self.decay_min <= self.decay_max:
             raise ConfigError(f"sgconv: need 0 < decay_min <= decay_max, got {self.decay_min} and {self.decay_max}")
+        if self.scales > _MOST_SCALES:
+            raise ConfigError(f"sgconv: n_scales must be at most {_MOST_SCALES}, got {self.scales}")
         if self.scales < 1:
             raise ConfigError(
                 f"sgconv: l_max={self.l_max} leaves {self.scales} scales of kernel_dim={self.kernel_dim} and "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqlib.errors import ConfigError
+from seqlib.fields import from_fields
 from seqlib.layers.init import fill_, linear_
 from seqlib.layers.linear import Linear
 from seqlib.layers.mlp import ACTIVATIONS
@@ -41,7 +42,7 @@ class AsideConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.attention, Mapping):
-            object.__setattr__(self, "attention", AttentionConfig(**self.attention))
+            object.__setattr__(self, "attention", from_fields(AttentionConfig, self.attention, "aside: attention"))
         if self.activation not in ACTIVATIONS or min(self.d_mlp, self.copies, self.rank) < 1:
             raise ConfigError(f"aside: unknown activation or sizes below 1: {self}")
 

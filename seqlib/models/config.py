@@ -121,7 +121,9 @@ class BackboneConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BackboneConfig:
-        return from_fields(cls, values, "backbone config")
+        pattern = values.get("layer_pattern")  # whose short form is one text
+        named = {**values, "layer_pattern": pattern.split()} if isinstance(pattern, str) else values
+        return from_fields(cls, named, "backbone config")
 
 
 def expand_pattern(
