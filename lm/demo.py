@@ -20,7 +20,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from seqlib.errors import ConfigError
-from seqlib.hf.runs import override, read_metrics, write_aside
+from seqlib.hf.keep import locked
+from seqlib.hf.runs import is_run, override, read_metrics, write_aside
 
 from .corpus import Corpus
 from .data import tokenize
@@ -28,10 +29,12 @@ from .evaluate import evaluate
 from .generate import generate
 from .ngram import NGram
 from .recipes import Recipe, demo
-from .train import DataSpec, train
+from .runs import DataSpec, check_new, open_run
+from .train import train
 
 __all__ = ["run_demo"]
 
+_NAME = "seqlib-lm demo"
 _ORDERS = (2, 4, 6)
 _TRIAL_STEPS = 10
 _REST_SECONDS = 15.0
@@ -47,10 +50,9 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
     Raises:
         ConfigError: `output` holds something that is no run, or a setting is wrong.
     """
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise ConfigError(f"minutes must be positive, got {minutes}")
-    if output.exists() and any(output.iterdir()) and not (output / "recipe.json").is_file():
-        raise ConfigError(f"{output} holds something that is no run; give another --output")
+    _check_output(output)
     end = time.perf_counter() + 60 * minutes
     seconds: dict[str, float] = {}
 
@@ -61,7 +63,7 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
         yield
         seconds[title] = time.perf_counter() - begun
 
-    recipe = override(demo(), settings)
+    recipe = dataclasses.replace(override(demo(), settings), name=_NAME)
     data = DataSpec()
     with section("Text: the standard library of this Python"):
         corpus = data.read(recipe)
@@ -85,7 +87,9 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
 
     with section("Training"):
         if output.exists():
-            shutil.rmtree(output)
+            _check_output(output)
+            with locked(output):  # nobody else trains there now
+                shutil.rmtree(output)
         run = train(recipe, data, output, console=console, corpus=corpus, callbacks=[limit])
         if limit.stopped_at:
             console.print(f"stopped at step {limit.stopped_at} of {recipe.steps}: this machine became slower")
@@ -122,6 +126,14 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
     write_aside(output / "demo.json", json.dumps(result, indent=2) + "\n")
 
 
+def _check_output(output: Path) -> None:
+    """Raise ConfigError unless `output` is free or holds an earlier demonstration, which is all that is replaced."""
+    if not is_run(output):
+        check_new(output)
+    elif not (output / "demo.json").is_file() and open_run(output).recipe.name != _NAME:
+        raise ConfigError(f"{output} holds a run that is no demonstration, and is left alone; give another --output")
+
+
 class _TimeLimit(TrainerCallback):
     """Ends a run that takes longer than its trial promised."""
 
@@ -139,7 +151,7 @@ class _TimeLimit(TrainerCallback):
 def _fitted(recipe: Recipe, data: DataSpec, corpus: Corpus, end: float, console: Console) -> tuple[Recipe, _TimeLimit]:
     """The recipe with as many steps, up to its own number, as fit here before `end`; a short trial run tells."""
     with tempfile.TemporaryDirectory() as folder:
-        trial = dataclasses.replace(recipe, steps=_TRIAL_STEPS, log_every=1, save_every=_TRIAL_STEPS)
+        trial = dataclasses.replace(recipe, steps=_TRIAL_STEPS, log_every=1, save_every=_TRIAL_STEPS, eval_every=0)
         run = train(trial, data, Path(folder) / "trial", console=Console(quiet=True), corpus=corpus)
         elapsed = [row["elapsed_s"] for row in read_metrics(run.metrics)]
     per_step = (elapsed[-1] - elapsed[1]) / (len(elapsed) - 2)  # the first steps also load kernels

@@ -4,12 +4,15 @@ Nothing is compiled at import. The first op that wants the native library gets, 
 `python -m seqlib.native build` put into the package, the one in the user's cache, or a build into that cache. A failure
 is remembered as one sentence, and ops then run their torch form and say so.
 
-Targets: "cpu"; "cuda", built by nvcc for the devices of this machine, or for others with `--arch`; and "emulated", the
-CUDA kernels compiled for the host under names of their own (`torch.ops.seqlib_emulated`), which the tests run.
+Targets: "cpu", whose loops are compiled once per instruction set: the first use compiles the set of this machine,
+`python -m seqlib.native build` all of them; "cuda", built by nvcc for the devices of this machine; and "emulated", the
+CUDA kernels compiled for the host under names of their own (`torch.ops.seqlib_emulated`), which the tests run. The name
+of a library says which sets or devices it serves. It is taken only where those of the machine are among them, so
+machines of different kinds can share a cache.
 
-Environment: SEQLIB_JIT=0 forbids building on first use; SEQLIB_CACHE moves the cache (default: seqlib in
-XDG_CACHE_HOME or ~/.cache); CXX names the compiler (default: c++, g++ or clang++) and CUDACXX that for CUDA (default:
-nvcc on the path, in CUDA_HOME or in /usr/local/cuda).
+Environment: SEQLIB_JIT=0 forbids building on first use; SEQLIB_ISA=all asks for a library with every instruction set,
+as the tests do; SEQLIB_CACHE moves the cache (default: seqlib in XDG_CACHE_HOME or ~/.cache); CXX names the compiler
+(default: c++, g++ or clang++) and CUDACXX that for CUDA (default: nvcc on the path, in CUDA_HOME, in /usr/local/cuda).
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ import functools
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +40,23 @@ import torch
 
 from seqlib.errors import NativeUnavailable
 
-__all__ = ["TARGETS", "build", "compiler_version", "device_arch", "load", "object_file", "sources", "why_unavailable"]
+__all__ = [
+    "TARGETS",
+    "build",
+    "compiler_version",
+    "device_arch",
+    "instruction_sets",
+    "load",
+    "object_file",
+    "sources",
+    "why_unavailable",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
 _PREBUILT = _PACKAGE / "_lib"  # where `python -m seqlib.native build` puts a library
 _ABI = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10, the oldest we support
 _FOLDER = {"cpu": "cpu", "cuda": "cuda", "emulated": "cuda"}
+_CPU_INFO = Path("/proc/cpuinfo")
 TARGETS = tuple(_FOLDER)
 
 
@@ -48,7 +65,9 @@ class Unit(NamedTuple):
 
     source: Path
     compiler: str
-    flags: list[str]
+    flags: tuple[str, ...]
+    prefix: str = ""
+    """A header that all units with these flags start with; parsed once for all of them."""
 
 
 def sources() -> Path:
@@ -66,9 +85,8 @@ def load(target: str = "cpu") -> Path:
     Raises:
         NativeUnavailable: with the reason and the remedy.
     """
-    arch: tuple[str, ...] = ()
+    arch = _wanted(target)
     if target == "cuda":
-        arch = device_arch()
         load("cpu")  # holds the schemas
     library = _find(target, arch)
     if library is None:
@@ -103,22 +121,59 @@ def device_arch() -> tuple[str, ...]:
     return tuple(f"sm_{major}{minor}" for major, minor in sorted(found))
 
 
+def instruction_sets(*, all_sets: bool = False) -> tuple[str, ...]:
+    """The sets of loops that this machine runs, the best first; with `all_sets`, those of every machine of its kind."""
+    kind = platform.machine()
+    known = {
+        name: options
+        for name, options in _manifest()["cpu"]["isa"].items()
+        if kind in options["machines"] or "any" in options["machines"]
+    }
+    features = _cpu_features()
+    if all_sets or features is None:
+        return tuple(known)
+    best = next((name for name, options in known.items() if features >= set(options["features"])), None)
+    return () if best is None else (best, *known[best].get("beside", ()))
+
+
+@functools.cache
+def _cpu_features() -> frozenset[str] | None:
+    """What this CPU can do, in the words of Linux; None where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in _CPU_INFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return frozenset(value.split())
+    return None
+
+
+def _wanted(target: str) -> tuple[str, ...]:
+    """What a library must serve to be taken here."""
+    if target == "cuda":
+        return device_arch()
+    if target == "emulated":
+        return ()
+    which = os.environ.get("SEQLIB_ISA", "")
+    if which not in ("", "all"):
+        raise NativeUnavailable(f'SEQLIB_ISA must be "all" or not set, got {which!r}')
+    return instruction_sets(all_sets=which == "all")
+
+
 def build(target: str, folder: Path, arch: Sequence[str] = ()) -> Path:
     """Compile the library of `target` into `folder`; other processes that want it wait for this one.
 
     Args:
-        arch: what the CUDA kernels are built for; () for the devices of this machine. Other targets have none.
+        arch: the instruction sets, or for "cuda" the devices, that it is built for; () for what this machine wants.
     """
-    compiler = _compiler()
-    if target == "cuda":
-        compiler = _nvcc()
-        arch = tuple(arch) or device_arch()
+    compiler = _nvcc() if target == "cuda" else _compiler()
+    arch = tuple(arch) or _wanted(target)
     library = folder / _name(target, compiler, arch)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / f"{target}.lock"):
             if not library.exists():
-                print(f"seqlib: compiling the {target} kernels into {folder} (once) ...", file=sys.stderr, flush=True)
+                what = f"the {target} kernels" + (f" for {', '.join(arch)}" if arch else "")
+                print(f"seqlib: compiling {what} into {folder} (once) ...", file=sys.stderr, flush=True)
                 _compile(target, compiler, library, arch)
     except OSError as error:
         raise NativeUnavailable(
@@ -186,24 +241,26 @@ def _manifest() -> dict:
 
 
 def _units(target: str, arch: Sequence[str] = ()) -> Iterator[Unit]:
-    """Every translation unit: bindings once, CPU kernels once per instruction set of this machine's kind."""
+    """Every translation unit: bindings once, CPU kernels once for each instruction set of `arch`, () being all."""
     manifest, root = _manifest()[_FOLDER[target]], sources()
-    host = manifest["flags"]
+    common = manifest["flags"]
     if target == "emulated":
         for name in ("bindings.cpp", *manifest["sources"], *manifest["kernels"]):
-            yield Unit(root / name, "c++", [*host, *manifest["emulated_flags"]])
+            yield Unit(root / name, "c++", (*common, *manifest["emulated_flags"]))
         return
+    host = (*common, *manifest["source_flags"])
     for name in manifest["sources"]:
-        yield Unit(root / name, "c++", host)
+        yield Unit(root / name, "c++", host, manifest.get("source_prefix", ""))
     if target == "cuda":
         code = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in arch]
         for name in manifest["kernels"]:
-            yield Unit(root / name, "nvcc", [*manifest["nvcc_flags"], *code])
+            yield Unit(root / name, "nvcc", (*manifest["nvcc_flags"], *code))
         return
-    for isa, machines in manifest["isa"].items():
-        if platform.machine() in machines["machines"] or "any" in machines["machines"]:
-            for name in machines.get("kernels", manifest["kernels"]):
-                yield Unit(root / name, "c++", [*host, f"-DSEQLIB_ISA={isa}", *machines["flags"]])
+    for isa in arch or instruction_sets(all_sets=True):
+        options = manifest["isa"][isa]
+        flags = (*common, *manifest["kernel_flags"], f"-DSEQLIB_ISA={isa}", *options["flags"])
+        for name in options.get("kernels", manifest["kernels"]):
+            yield Unit(root / name, "c++", flags, manifest["kernel_prefix"])
 
 
 def _digest(*parts: str | bytes) -> str:
@@ -241,24 +298,72 @@ def _compile(target: str, compiler: str, library: Path, arch: Sequence[str]) -> 
     include = [f"-I{sources() / 'include'}", f"-I{sources() / _FOLDER[target]}"]
     with_torch = [f"-isystem{torch_root / 'include'}", f"-DTORCH_TARGET_VERSION={_ABI}"]
     with_torch.append(f"-ffile-prefix-map={sources()}=kernels")  # what errors say of their origin
-    (library.parent / "objects").mkdir(exist_ok=True)
+    objects = library.parent / "objects"
+    objects.mkdir(exist_ok=True)
+    made = {unit: object_file(target, unit, library.parent) for unit in _units(target, arch)}
+    missing = sorted((u for u in made if not made[u].exists()), key=lambda u: u.source.stat().st_size, reverse=True)
+    uses = Counter((unit.prefix, unit.flags) for unit in missing if unit.prefix)
+    headers: dict[tuple[str, ...], list[str]] = {}
 
-    def compile_unit(unit: Unit) -> Path:
-        made = object_file(target, unit, library.parent)
-        if not made.exists():
-            tool = [_nvcc()] if unit.compiler == "nvcc" else [_compiler(), *with_torch]
-            with _aside(made) as temporary:
-                said = _run([*tool, *unit.flags, *include, "-c", str(unit.source), "-o", str(temporary)])
-                made.with_suffix(".log").write_text(said)
-        return made
+    def command(unit: Unit) -> list[str]:
+        tool = [_nvcc()] if unit.compiler == "nvcc" else [_compiler(), *with_torch]
+        return [*tool, *unit.flags, *include, *headers.get(unit.flags, ())]
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        made = list(pool.map(compile_unit, _units(target, arch)))
+    def precompile(unit: Unit, header: Path) -> None:
+        # Saves time and nothing else: without the result compilers read the header, and say what is wrong with it.
+        header.write_text(f'#include "{unit.prefix}"\n')
+        with contextlib.suppress(NativeUnavailable):
+            _run([*command(unit), "-x", "c++-header", "-c", str(header), "-o", f"{header}.gch"])
+
+    def compile_unit(unit: Unit) -> None:
+        with _aside(made[unit]) as temporary:
+            said = _run([*command(unit), "-c", str(unit.source), "-o", str(temporary)])
+            made[unit].with_suffix(".log").write_text(said)
+
+    with (
+        tempfile.TemporaryDirectory(dir=objects) as aside,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        _progress(len(missing)) as progress,
+    ):
+        shared = [Unit(Path(), "c++", flags, prefix) for (prefix, flags), count in uses.items() if count > 2]
+        ready = [Path(aside) / f"{i}.h" for i in range(len(shared))]
+        list(pool.map(precompile, shared, ready))
+        headers |= {unit.flags: ["-include", str(header)] for unit, header in zip(shared, ready)}
+        jobs = [pool.submit(compile_unit, unit) for unit in missing]
+        try:
+            for done, job in enumerate(as_completed(jobs), 1):
+                job.result()
+                progress(done)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error nobody waits for the rest
     with _aside(library) as temporary:
         link = [f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
         if target == "cuda" and (torch_root / "lib" / "libtorch_cuda.so").exists():
             link.append("-ltorch_cuda")
-        _run([compiler, "-shared", "-o", str(temporary), *map(str, made), *link])
+        _run([compiler, "-shared", "-o", str(temporary), *map(str, made.values()), *link])
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Tells on stderr how many of `total` are done: in one line of a terminal, elsewhere in a line every 5 seconds."""
+    begun = last = time.monotonic()
+    terminal = sys.stderr.isatty()
+
+    def tell(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if terminal or done == total or now - last >= 5:
+            last = now
+            line = f"seqlib: {done} of {total} files compiled, {now - begun:.0f} s"
+            print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    if terminal and total:
+        tell(0)
+    try:
+        yield tell
+    finally:
+        if terminal and total:
+            print(file=sys.stderr)
 
 
 def _run(command: list[str]) -> str:
@@ -271,14 +376,13 @@ def _run(command: list[str]) -> str:
 
 @contextlib.contextmanager
 def _aside(final: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed into place only when the block succeeds."""
-    handle, name = tempfile.mkstemp(dir=final.parent, suffix=final.suffix)
-    os.close(handle)
+    """A name in the same folder, not made yet so that it gets the usual mode, and moved into place on success."""
+    temporary = final.with_name(f"{secrets.token_hex(8)}{final.suffix}")
     try:
-        yield Path(name)
-        os.replace(name, final)
+        yield temporary
+        os.replace(temporary, final)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -294,27 +398,44 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
+def _install(target: str, arch: Sequence[str]) -> Path:
+    """Build a library in the cache and put it into the package, in place of what older sources left there."""
+    built = build(target, _cache_folder(), arch)
+    library = _PREBUILT / _name(target, "", arch)
+    _PREBUILT.mkdir(exist_ok=True)
+    digest = library.stem.rpartition("-")[2]
+    for old in _PREBUILT.glob(f"seqlib_{target}-*.so"):
+        if not old.stem.endswith(digest):
+            old.unlink()
+    with _aside(library) as temporary:
+        shutil.copyfile(built, temporary)
+    return library
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m seqlib.native", description="the compiled kernels of this machine")
     parser.add_argument("command", choices=("status", "build"), nargs="?", default="status")
     parser.add_argument("--target", default="cpu", choices=TARGETS)
-    parser.add_argument("--arch", help="CUDA architectures, such as sm_80,sm_90; those of this machine if not given")
+    parser.add_argument(
+        "--arch",
+        help="what to build for: instruction sets, such as avx2,portable (default: all), or with --target cuda "
+        "devices, such as sm_80,sm_90 (default: those of this machine)",
+    )
     options = parser.parse_args()
     arch = tuple(options.arch.split(",")) if options.arch else ()
-    if arch and options.target != "cuda":
-        parser.error("--arch goes with --target cuda")
-    if options.command == "build":
-        try:
-            library = build(options.target, _PREBUILT, arch)
-        except NativeUnavailable as error:
-            sys.exit(str(error))
-        wanted = library.with_name(
-            _name(options.target, "", arch or (device_arch() if options.target == "cuda" else ()))
-        )
-        os.replace(library, wanted)
-        print(wanted)
-        if arch:
-            return  # perhaps for another machine
+    known = instruction_sets(all_sets=True)
+    if arch and options.target == "emulated":
+        parser.error("--arch goes with --target cpu or cuda")
+    if options.target == "cpu" and (unknown := [name for name in arch if name not in known]):
+        parser.error(f"unknown instruction set {unknown[0]!r}; this kind of machine has {', '.join(known)}")
+    try:
+        if options.command == "build":
+            default = known if options.target == "cpu" else _wanted(options.target)
+            print(_install(options.target, arch or default))
+            if arch:
+                return  # perhaps for another machine
+    except (NativeUnavailable, OSError) as error:
+        sys.exit(str(error))
     reason = why_unavailable(options.target)
     print(f"{options.target}: {reason or load(options.target)}")
     if reason:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault("SEQLIB_ISA", "all")  # one library for the tests that switch between instruction sets
 
 with torch.device("meta"):  # remembers which functions make tensors, which must be those from before the poison
     torch.empty(0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,32 @@ from seqlib.errors import NativeUnavailable
 KERNELS = native.sources()
 SMALL = """
 [cpu]
-flags = ["-std=c++20", "-O1", "-fPIC"]
+flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
+source_flags = []
 sources = ["bindings.cpp", "cpu/isa.cpp"]
+kernel_flags = []
+kernel_prefix = "vec.h"
 kernels = []
-[cpu.isa]
+[cpu.isa.avx2]
+machines = ["x86_64"]
+features = ["avx2", "fma"]
+flags = ["-mavx2", "-mfma"]
+[cpu.isa.portable]
+machines = ["any"]
+features = []
+flags = []
 """
+ONE_KERNEL = SMALL.replace("kernels = []", 'kernels = ["cpu/norm_kernel.cpp"]')
+THREE_KERNELS = SMALL.replace(
+    "kernels = []", 'kernels = ["cpu/norm_kernel.cpp", "cpu/linear_kernel.cpp", "cpu/ssm_kernel_kernel.cpp"]'
+)
+CPUS = {
+    "Zen 4": ("avx2 fma avx512f avx512bw avx512dq avx512vl avx512_bf16", ("avx512bf16", "avx512")),
+    "Skylake server": ("avx2 fma avx512f avx512bw avx512dq avx512vl", ("avx512",)),
+    "Zen 3": ("avx2 fma", ("avx2",)),
+    "Knights Landing": ("avx2 fma avx512f", ("avx2",)),
+    "older": ("sse4_2 avx", ("portable",)),
+}
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine"
 )
@@ -47,6 +70,22 @@ def small(monkeypatch, tmp_path: Path) -> Path:
     (folder / "manifest.toml").write_text(SMALL)
     monkeypatch.setattr(native, "sources", lambda: folder)
     return folder
+
+
+@pytest.fixture
+def cpu(monkeypatch, tmp_path: Path):
+    """Makes this machine one of CPUS."""
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(native, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.delenv("SEQLIB_ISA", raising=False)
+
+    def become(name: str) -> None:
+        native._CPU_INFO.write_text(f"processor\t: 0\nflags\t\t: fpu {CPUS[name][0]}\n")
+        native._cpu_features.cache_clear()
+
+    native._cpu_features.cache_clear()
+    yield become
+    native._cpu_features.cache_clear()
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -175,6 +214,173 @@ def test_a_library_serves_the_architectures_in_its_name(nothing_built, monkeypat
     library.write_text("")
     assert native._find("cuda", ("sm_90",)) == native._find("cuda", ("sm_80", "sm_90")) == library
     assert native._find("cuda", ("sm_100",)) is None
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_a_first_build_compiles_the_sets_of_this_machine(cpu, name: str) -> None:
+    cpu(name)
+    sets = CPUS[name][1]
+    assert native.instruction_sets() == native._wanted("cpu") == sets
+    compiled = {flag.removeprefix("-DSEQLIB_ISA=") for unit in native._units("cpu", sets) for flag in unit.flags
+                if flag.startswith("-DSEQLIB_ISA=")}  # fmt: skip
+    assert compiled == set(sets)
+
+
+def test_all_sets_are_built_where_the_cpu_is_unknown_or_all_are_asked_for(cpu, monkeypatch) -> None:
+    everything = ("avx512bf16", "avx512", "avx2", "portable")
+    assert not native._CPU_INFO.exists() and native._wanted("cpu") == everything
+    cpu("Zen 3")
+    monkeypatch.setenv("SEQLIB_ISA", "all")
+    assert native._wanted("cpu") == everything
+    monkeypatch.setenv("SEQLIB_ISA", "avx2")
+    with pytest.raises(NativeUnavailable, match="SEQLIB_ISA must be \"all\" or not set, got 'avx2'"):
+        native._wanted("cpu")
+
+
+@needs_compiler
+@pytest.mark.parametrize("where", ["prebuilt", "cache"])
+@pytest.mark.parametrize("name", CPUS)
+def test_a_library_is_taken_only_where_it_has_the_sets(nothing_built, cpu, monkeypatch, name: str, where: str) -> None:
+    """Every library that some machine builds, seen from every machine: a cache can be shared by different ones."""
+    monkeypatch.setenv("SEQLIB_JIT", "0")
+    cpu(name)
+    needed = CPUS[name][1]
+    folder, compiler = (native._PREBUILT, "") if where == "prebuilt" else (nothing_built, native._compiler())
+    folder.mkdir()
+    for held in {*(sets for _, sets in CPUS.values()), native.instruction_sets(all_sets=True)}:
+        library = folder / native._name("cpu", compiler, held)
+        library.write_text("")
+        assert native._find("cpu", needed) == (library if set(needed) <= set(held) else None)
+        library.unlink()
+    (folder / native._name("cpu", compiler, ("nothing",))).write_text("")
+    with pytest.raises(NativeUnavailable, match="no built cpu library"):
+        native.load.__wrapped__("cpu")
+
+
+@needs_compiler
+def test_a_set_that_was_not_compiled_is_refused_by_name(small: Path, tmp_path: Path) -> None:
+    (small / "manifest.toml").write_text(ONE_KERNEL)
+    library = native.build("cpu", tmp_path / "out", ("portable",))
+    assert "-portable-" in library.name
+    done = _python(
+        f"import torch; torch.ops.load_library({str(library)!r}); isa = torch.ops.seqlib.isa\n"
+        "print(isa(None), isa('portable')); isa('avx2')"
+    )
+    assert done.stdout == "portable portable\n"
+    assert "the library was built without avx2; run `python -m seqlib.native build`" in done.stderr or (
+        "this machine has no avx2" in done.stderr
+    )
+
+
+def test_the_library_runs_the_set_that_it_was_chosen_for() -> None:
+    reason = native.why_unavailable("cpu")
+    if reason:
+        pytest.skip(f"no native library: {reason}")
+    assert torch.ops.seqlib.isa(None) == native.instruction_sets()[0]
+
+
+@needs_compiler
+def test_a_build_says_how_far_it_is_and_reuses_what_is_there(small: Path, tmp_path: Path, capsys) -> None:
+    (small / "manifest.toml").write_text(ONE_KERNEL)
+    native.build("cpu", tmp_path / "out", ("portable",))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"seqlib: compiling the cpu kernels for portable into {tmp_path / 'out'} (once) ..."
+    assert re.fullmatch(r"seqlib: 3 of 3 files compiled, \d+ s", said[-1])
+    if len(native.instruction_sets(all_sets=True)) > 1:
+        native.build("cpu", tmp_path / "out", ("avx2", "portable"))
+        assert "1 of 1 files compiled" in capsys.readouterr().err
+
+
+def test_progress_is_one_line_of_a_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with native._progress(2) as tell:
+        tell(1)
+        tell(2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and [part[:16] for part in said.split("\r")[1:]] == [
+        f"seqlib: {done} of 2 f" for done in range(3)
+    ]
+
+
+@needs_compiler
+def test_a_precompiled_header_that_fails_changes_nothing(small: Path, monkeypatch, tmp_path: Path) -> None:
+    """Some compilers know no such thing; the build then takes longer."""
+    (small / "manifest.toml").write_text(THREE_KERNELS)
+    run, headers = native._run, []
+
+    def refuse(command: list[str]) -> str:
+        if "c++-header" in command:
+            headers.append(command)
+            raise NativeUnavailable("no such thing")
+        return run(command)
+
+    monkeypatch.setattr(native, "_run", refuse)
+    assert native.build("cpu", tmp_path / "out", ("portable",)).is_file()
+    assert len(headers) == 1, "three kernels share one header"
+
+
+@needs_compiler
+def test_libraries_have_the_mode_of_other_files(small: Path, tmp_path: Path) -> None:
+    """Others who share the cache can read them."""
+    before = os.umask(0o022)
+    try:
+        library = native.build("cpu", tmp_path / "out", ("portable",))
+    finally:
+        os.umask(before)
+    assert library.stat().st_mode & 0o777 == 0o755
+
+
+@needs_compiler
+def test_what_older_sources_left_in_the_package_goes(small: Path, nothing_built) -> None:
+    native._PREBUILT.mkdir()
+    old = native._PREBUILT / "seqlib_cpu-portable-0123456789abcdef.so"
+    old.write_text("")
+    first = native._install("cpu", ("portable",))
+    assert first.is_file() and not old.exists()
+    assert [p.name for p in native._PREBUILT.iterdir()] == [first.name], "nothing but the library is shipped"
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_wheel_with_the_library_needs_no_compiler(tmp_path: Path) -> None:
+    """`python -m seqlib.native build`, then a wheel: in an empty environment an op runs the prebuilt loops."""
+    root = Path(__file__).resolve().parent.parent
+    source, wheels, home = tmp_path / "source", tmp_path / "wheels", tmp_path / "home"
+    ignored = shutil.ignore_patterns(".*", "_lib", "__pycache__", "build", "dist", "runs", "*.egg-info")
+    shutil.copytree(root, source, ignore=ignored)
+    subprocess.run([sys.executable, "-m", "seqlib.native", "build"], cwd=source, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", ".", "--quiet", "--no-deps", "--no-build-isolation", "-w", wheels],
+        cwd=source, check=True,
+    )  # fmt: skip
+    (wheel,) = wheels.iterdir()
+    assert re.fullmatch(r"seqlib-[\d.]+-py3-none-(manylinux|linux|macosx)_\w+\.whl", wheel.name)
+    held = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("seqlib/_lib/")]
+    assert len(held) == 1 and set(native.instruction_sets(all_sets=True)) <= set(held[0].split("-"))
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    python = home / "bin" / "python"
+    site = Path(subprocess.run([python, "-c", "import site; print(site.getsitepackages()[0])"],
+                               capture_output=True, text=True, check=True).stdout.strip())  # fmt: skip
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    (site / "zz_torch.pth").write_text(str(Path(torch.__file__).parent.parent) + "\n")  # torch comes from here
+    code = (
+        "import torch, seqlib; from seqlib import native; from seqlib.ops import rms_norm\n"
+        "rms_norm(torch.ones(1, 4), None, backend='native')\n"
+        "print(native.load()); print(torch.ops.seqlib.isa(None))"
+    )
+    environment = {
+        "PATH": "/nonexistent",
+        "HOME": str(tmp_path),
+        "SEQLIB_CACHE": str(tmp_path / "empty"),
+        "SEQLIB_JIT": "0",
+    }
+    done = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, env=environment, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(site / held[0]), native.instruction_sets()[0]]
 
 
 def test_instruction_set_is_checked() -> None:

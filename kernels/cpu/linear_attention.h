@@ -67,7 +67,7 @@ SEQLIB_KERNEL(linear_attention_channel_bwd, AttentionBackArgs)
 SEQLIB_KERNEL(linear_attention_step, AttentionStepArgs)
 
 #if defined(__x86_64__) || defined(_M_X64)
-namespace avx512bf16 { void linear_attention_fwd(const AttentionArgs&, int64_t, int64_t); }
+namespace avx512bf16 { SEQLIB_WEAK void linear_attention_fwd(const AttentionArgs&, int64_t, int64_t); }
 #endif
 
 }  // namespace seqlib
