@@ -28,7 +28,7 @@ class SequenceInfo:
     Args:
         starts: (batch, seqlen) bool, True where a new document begins. A row whose first position is False continues
             the document that its initial state comes from. None: every row continues (or, without a state, is) one
-            document. A document that begins at padding begins at the next real token of its row; where the row has none,
+            document. A document that begins at padding begins at the next real token of its row; where there is none,
             nothing begins in this span.
         padding_mask: (batch, seqlen) bool, True at real tokens, False at padding on either side. None: no padding.
         group: the process group that the sequence is split over, None for one process.
