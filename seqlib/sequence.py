@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
@@ -27,7 +28,8 @@ class SequenceInfo:
     Args:
         starts: (batch, seqlen) bool, True where a new document begins. A row whose first position is False continues
             the document that its initial state comes from. None: every row continues (or, without a state, is) one
-            document.
+            document. A document that begins at padding begins at the next real token of its row; where there is none,
+            nothing begins in this span.
         padding_mask: (batch, seqlen) bool, True at real tokens, False at padding on either side. None: no padding.
         group: the process group that the sequence is split over, None for one process.
     """
@@ -51,8 +53,7 @@ class SequenceInfo:
         if len(set(shapes.values())) > 1:
             raise UnsupportedInput(f"starts and padding_mask must have one shape, got {shapes}")
         if self.starts is not None and self.padding_mask is not None:
-            # A padded position is not there, so nothing starts at it.
-            object.__setattr__(self, "starts", self.starts & self.padding_mask)
+            object.__setattr__(self, "starts", _at_real_tokens(self.starts, self.padding_mask))
 
     @classmethod
     def packed(
@@ -75,14 +76,17 @@ class SequenceInfo:
         return cls.packed(lengths, continues=continues, device=cu_seqlens.device)
 
     @classmethod
-    def from_seq_ids(cls, seq_ids: Tensor, *, continues: bool = False) -> SequenceInfo:
-        """From document numbers (batch, seqlen): a new document wherever the number changes; negative is padding."""
-        starts = torch.ones_like(seq_ids, dtype=torch.bool)
-        starts[:, 1:] = seq_ids[:, 1:] != seq_ids[:, :-1]
-        if continues:
-            starts[:, 0] = False
-        pad = seq_ids < 0
-        return cls(starts=starts & ~pad, padding_mask=~pad if bool(pad.any()) else None)
+    def from_seq_ids(
+        cls, seq_ids: Tensor, *, continues: bool = False, padding_mask: Tensor | None = None
+    ) -> SequenceInfo:
+        """From document numbers (batch, seqlen): a new document wherever a real token's number is not that of the real
+        token before it. Negative numbers are padding, beside what `padding_mask` (True at real tokens) hides."""
+        real = seq_ids >= 0
+        real = real if padding_mask is None else real & padding_mask
+        before = previous_real(real)
+        starts = real & (seq_ids != seq_ids.gather(1, before.clamp(min=0)))
+        starts = torch.where(before < 0, real & (not continues), starts)
+        return cls(starts=starts, padding_mask=None if bool(real.all()) else real)
 
     @classmethod
     def from_padding(cls, mask: Tensor | None) -> SequenceInfo | None:
@@ -132,8 +136,8 @@ class SequenceInfo:
             self.padding_mask if self.padding_mask is not None else torch.ones(batch, seqlen, dtype=torch.bool)
         ).cpu()
         starts = (self.starts if self.starts is not None else torch.zeros(batch, seqlen, dtype=torch.bool)).cpu()
-        before = torch.nn.functional.pad(real, (1, 0))[:, :-1]
-        after = torch.nn.functional.pad(real & ~starts, (0, 1))[:, 1:]
+        before = F.pad(real, (1, 0))[:, :-1]
+        after = F.pad(real & ~starts, (0, 1))[:, 1:]
         begins, ends = real & (starts | ~before), real & ~after
         rows, begin = begins.nonzero(as_tuple=True)
         end = ends.nonzero(as_tuple=True)[1] + 1
@@ -151,14 +155,13 @@ class SequenceInfo:
             return None
         known = self.starts if self.starts is not None else self.padding_mask
         assert known is not None
-        pad = torch.nn.functional.pad
         real = torch.ones_like(known) if self.padding_mask is None else self.padding_mask
         starts = torch.zeros_like(known) if self.starts is None else self.starts
         end = real.shape[1]
-        real, starts = pad(real, (0, 1), value=True), pad(starts, (0, 1))
+        real, starts = F.pad(real, (0, 1), value=True), F.pad(starts, (0, 1))
         at = torch.arange(end + 1, device=known.device).expand_as(real)
-        before = pad(torch.where(real, at, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
-        after = pad(torch.where(real, at, end).flip(1).cummin(1).values.flip(1)[:, 1:], (0, 1), value=end)
+        before = previous_real(real)
+        after = F.pad(torch.where(real, at, end).flip(1).cummin(1).values.flip(1)[:, 1:], (0, 1), value=end)
         before = torch.where(starts, -2, before)
         after = torch.where(starts.gather(1, after), -2, torch.where(after == end, -1, after))
         return torch.where(real, torch.stack([before, after]), -3).int()
@@ -166,6 +169,20 @@ class SequenceInfo:
     def plan(self, device: torch.device) -> Tensor | None:
         """What the compiled kernels of a device read: `spans` on the CPU, `links` elsewhere."""
         return self.spans if device.type == "cpu" else self.links
+
+
+def previous_real(real: Tensor) -> Tensor:
+    """(batch, seqlen) int64: the last position before each one in its row that is real, -1 if there is none."""
+    at = torch.arange(real.shape[1], device=real.device)
+    return F.pad(torch.where(real, at, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+
+
+def _at_real_tokens(starts: Tensor, real: Tensor) -> Tensor:
+    """Starts at padding moved to the next real token of their row, so that no document merges with the one before."""
+    begun = starts.long().cumsum(1)
+    before = previous_real(real)
+    known = torch.where(before < 0, 0, begun.gather(1, before.clamp(min=0)))
+    return real & (begun > known)
 
 
 S = TypeVar("S", bound="State")

@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from seqlib import native
+
 os.environ.setdefault("SEQLIB_ISA", "all")  # one library for the tests that switch between instruction sets
 
 with torch.device("meta"):  # remembers which functions make tensors, which must be those from before the poison
@@ -37,3 +39,22 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+
+
+@pytest.fixture
+def isa(request):
+    """Run the native kernels in one instruction set."""
+    wanted = request.param
+    if wanted is None:
+        yield
+        return
+    reason = native.why_unavailable("cpu")
+    if reason:
+        pytest.skip(f"no native library: {reason}")
+    before = torch.ops.seqlib.isa(None)
+    try:
+        torch.ops.seqlib.isa(wanted)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    yield
+    torch.ops.seqlib.isa(before)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from seqlib import native
 from seqlib.dispatch import Impl, Op, op_names, resolve
 from seqlib.errors import BackendUnavailable, UnsupportedInput
 from seqlib.ops.case import Case, outputs
-from seqlib.sequence import State
+from seqlib.sequence import SequenceInfo, State
 
 OPS: dict[str, Op] = {name: importlib.import_module(f"seqlib.ops.{name}").OP for name in op_names()}
 CASES: dict[str, tuple[Case, ...]] = {
@@ -29,60 +30,48 @@ BF16_OPS = ("linear_attention",)
 RMS, RMS_GRADIENT = 6e-3, 1e-2
 
 
-def _grid():
+def _rows(keep: Callable[[Case], bool], dtypes: tuple[torch.dtype, ...] = DTYPES, loops: tuple = DTYPES) -> Iterator:
+    """Every row that runs on a CPU with every case that is kept: native ones in each instruction set and each dtype of
+    `loops`, others in each of `dtypes`."""
     for name, op in OPS.items():
         for impl in op.impls:
+            native = impl.needs == ("native",)
             for case in CASES[name]:
-                for dtype in DTYPES:
-                    if (
-                        case.bench
-                        or (impl.dtypes and dtype not in impl.dtypes)
-                        or "cpu" not in (*impl.devices, "cpu")[:1]
-                    ):
+                for dtype in loops if native else dtypes:
+                    if case.bench or not keep(case) or (impl.dtypes and dtype not in impl.dtypes):
                         continue
-                    if impl.name == "reference" and dtype == torch.float64:
+                    if "cpu" not in (*impl.devices, "cpu")[:1] or (impl.name, dtype) == ("reference", torch.float64):
                         continue
-                    if impl.needs == ("native",):
-                        for isa in ("avx512bf16", "avx512", "avx2", "portable"):
-                            if isa == "avx512bf16" and (dtype != torch.bfloat16 or name not in BF16_OPS):
-                                continue
-                            yield pytest.param(
-                                op, impl, case, dtype, isa, id=f"{name}-{impl.name}-{case.name}-{_short(dtype)}-{isa}"
-                            )
-                    else:
-                        yield pytest.param(
-                            op,
-                            impl,
-                            case,
-                            dtype,
-                            None,
-                            id=f"{name}-{impl.name}-{impl.form}-{case.name}-{_short(dtype)}",
-                        )
+                    for isa in ("avx512bf16", "avx512", "avx2", "portable") if native else (None,):
+                        if isa == "avx512bf16" and (dtype != torch.bfloat16 or name not in BF16_OPS):
+                            continue
+                        tags = (name, impl.name, None if native else impl.form, case.name, _short(dtype), isa)
+                        yield pytest.param(op, impl, case, dtype, isa, id="-".join(filter(None, tags)))
 
 
 def _widen(value: Any, exact: torch.dtype) -> Any:
     """A leaf with the same numbers in the reference's precision; what is not a number stays as it is."""
     if isinstance(value, list):
         return [_widen(part, exact) for part in value]
-    if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return value
     return value.detach().to(torch.complex128 if value.is_complex() else exact).requires_grad_()
 
 
-def _leaves(inputs: dict) -> dict[str, torch.Tensor]:
+def _leaves(inputs: dict) -> dict[str, Tensor]:
     """Every tensor that wants a gradient, those inside states included."""
     named = {
         k: list(v.tensors()) if isinstance(v, State) else v if isinstance(v, list) else [v] for k, v in inputs.items()
     }
     flat = {k if len(ts) == 1 else f"{k}.{i}": t for k, ts in named.items() for i, t in enumerate(ts)}
-    return {k: t for k, t in flat.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+    return {k: t for k, t in flat.items() if isinstance(t, Tensor) and t.requires_grad}
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _run(op: Op, inputs: dict, form: str, backend: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def _run(op: Op, inputs: dict, form: str, backend: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs with what the op wrote, and the gradients of a fixed random combination with respect to every input."""
     function = getattr(importlib.import_module(f"seqlib.ops.{op.name}"), op.function)
     inputs = inputs | {name: inputs[name].detach().clone() for name in op.writes}
@@ -98,9 +87,7 @@ def _run(op: Op, inputs: dict, form: str, backend: str) -> tuple[list[torch.Tens
     return [t.detach() for t in made], {k: g for k, g in zip(leaves, grads) if g is not None}
 
 
-def _close(
-    name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, *, gradient: bool, parts: int = 1
-) -> None:
+def _close(name: str, got: Tensor, want: Tensor, dtype: torch.dtype, *, gradient: bool, parts: int = 1) -> None:
     """`parts`: 16-bit numbers are rounded behind each of so many ops, whose errors add up in squares."""
     assert got.shape == want.shape, name
     if not want.numel():
@@ -135,26 +122,7 @@ def compare(op: Op, impl: Impl, inputs: dict, dtype: torch.dtype) -> None:
         _close(f"gradient of {k}", got_grads[k], want_grads[k], dtype, gradient=True)
 
 
-@pytest.fixture
-def isa(request):
-    """Run the native kernels in one instruction set."""
-    wanted = request.param
-    if wanted is None:
-        yield
-        return
-    reason = native.why_unavailable("cpu")
-    if reason:
-        pytest.skip(f"no native library: {reason}")
-    before = torch.ops.seqlib.isa(None)
-    try:
-        torch.ops.seqlib.isa(wanted)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield
-    torch.ops.seqlib.isa(before)
-
-
-@pytest.mark.parametrize(("op", "impl", "case", "dtype", "isa"), list(_grid()), indirect=["isa"])
+@pytest.mark.parametrize(("op", "impl", "case", "dtype", "isa"), list(_rows(lambda case: True)), indirect=["isa"])
 def test_row_equals_reference(op: Op, impl: Impl, case: Case, dtype: torch.dtype, isa) -> None:
     inputs = case.inputs(dtype, requires_grad=impl.grad)
     try:
@@ -177,24 +145,32 @@ def test_auto_takes_every_case(name: str) -> None:
 @pytest.mark.parametrize("op", ["selective_scan", "linear_attention", "delta_rule", "linear_scan", "causal_conv1d"])
 def test_empty_batches_are_refused(op: str) -> None:
     inputs = CASES[op][0].inputs(torch.float32)
-    few = {k: t[:0] if isinstance(t, torch.Tensor) and k not in ("A", "D", "dt_bias", "weight") else t
+    few = {k: t[:0] if isinstance(t, Tensor) and k not in ("A", "D", "dt_bias", "weight") else t
            for k, t in inputs.items()}  # fmt: skip
     with pytest.raises(UnsupportedInput, match="empty|none of them 0"):
         getattr(importlib.import_module(f"seqlib.ops.{op}"), op)(**few)
 
 
-def _padded():
-    for name, op in OPS.items():
-        for impl in op.impls:
-            for case in CASES[name]:
-                if "padded" in case.name and impl.name != "reference" and "cpu" in (*impl.devices, "cpu")[:1]:
-                    yield pytest.param(op, impl, case, id=f"{name}-{impl.name}-{impl.form}-{case.name}")
+def _has_padding(case: Case) -> bool:
+    seq = case.inputs(torch.float32).get("seq")
+    return seq is not None and seq.padding_mask is not None
 
 
-@pytest.mark.parametrize(("op", "impl", "case"), list(_padded()))
-def test_what_stands_at_padded_positions_does_not_matter(op: Op, impl: Impl, case: Case) -> None:
+def _has_documents(case: Case) -> bool:
+    seq = case.inputs(torch.float32).get("seq")
+    return seq is not None and seq.starts is not None
+
+
+@pytest.mark.parametrize(
+    ("op", "impl", "case", "dtype", "isa"),
+    list(_rows(_has_padding, (torch.float32,), (torch.float32, torch.bfloat16))),
+    indirect=["isa"],
+)
+def test_what_stands_at_padded_positions_does_not_matter(
+    op: Op, impl: Impl, case: Case, dtype: torch.dtype, isa
+) -> None:
     """NaN there changes no output and no gradient elsewhere."""
-    inputs = case.inputs(torch.float32, requires_grad=impl.grad)
+    inputs = case.inputs(dtype, requires_grad=impl.grad)
     try:
         resolve(op, op.facts(**inputs), impl.form, impl.name)
     except BackendUnavailable as error:
@@ -202,12 +178,84 @@ def test_what_stands_at_padded_positions_does_not_matter(op: Op, impl: Impl, cas
     real = inputs["seq"].padding_mask
     poisoned = dict(inputs)
     for name, t in inputs.items():
-        if isinstance(t, torch.Tensor) and t.shape[:2] == real.shape:
+        if isinstance(t, Tensor) and t.shape[:2] == real.shape:
             holes = ~real.view(*real.shape, *[1] * (t.dim() - 2))
             poisoned[name] = t.detach().masked_fill(holes, torch.nan).requires_grad_(t.requires_grad)
     (want, want_grads), (got, got_grads) = (_run(op, x, impl.form, impl.name) for x in (inputs, poisoned))
     for a, b in zip(got, want):
-        _close("output", a, b, torch.float32, gradient=False)
+        _close("output", a, b, dtype, gradient=False)
     for name, grad in got_grads.items():
         rows = real if grad.shape[:2] == real.shape else ...
-        _close(name, grad[rows], want_grads[name][rows], torch.float32, gradient=True)
+        _close(name, grad[rows], want_grads[name][rows], dtype, gradient=True)
+
+
+def _parity(seq: SequenceInfo, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether documents are odd ones: of each position, and of the state that enters and that leaves each row."""
+    ids = seq.document_ids
+    assert ids is not None
+    real = torch.ones_like(ids, dtype=torch.bool) if seq.padding_mask is None else seq.padding_mask
+    first = ids.gather(1, real.long().argmax(1, keepdim=True))[:, 0]
+    entering, leaving = (ids[:, -1], first) if reverse else (torch.zeros_like(first), ids[:, -1])
+    return ids % 2 == 1, entering % 2 == 1, leaving % 2 == 1
+
+
+def _fill(t: Tensor, where: Tensor, value: float) -> Tensor:
+    """t with `value` where a mask of its first axes says so."""
+    filled = t.detach().masked_fill(where.view(*where.shape, *[1] * (t.dim() - where.dim())), value)
+    return filled.requires_grad_(t.requires_grad)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    ("op", "impl", "case", "dtype", "isa"),
+    list(_rows(_has_documents, (torch.float32,), (torch.float32, torch.bfloat16))),
+    indirect=["isa"],
+)
+def test_a_document_start_forgets_whatever_came_before(
+    op: Op, impl: Impl, case: Case, dtype: torch.dtype, isa, poison: float
+) -> None:
+    """NaN or infinity in every second document, and in the state, changes nothing and no gradient of the others."""
+    inputs = case.inputs(dtype, requires_grad=impl.grad)
+    try:
+        resolve(op, op.facts(**inputs), impl.form, impl.name)
+    except BackendUnavailable as error:
+        pytest.skip(f"outside this row: {error}")
+    seq = inputs["seq"]
+    of_token, entering, leaving = _parity(seq, inputs.get("reverse", False))
+    function = getattr(importlib.import_module(f"seqlib.ops.{op.name}"), op.function)
+
+    def run(given: dict, clean: Tensor, kept: Tensor) -> list[Tensor]:
+        """Outputs and gradients of the clean documents, zeros elsewhere."""
+        made = outputs(function(**given, form=impl.form, backend=impl.name))
+        made = [t if t.dtype == torch.long else t.where(_like(w, t), 0) for t, w in zip(made, [clean, *[kept] * 9])]
+        leaves = [t for v in given.values() for t in (v.tensors() if isinstance(v, State) else [v])]
+        leaves = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+        if not leaves:
+            return made
+        g = torch.Generator().manual_seed(1)
+        loss = sum((t * torch.randn(t.shape, generator=g).to(t.dtype)).real.sum() for t in made if t.requires_grad)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        grads = [d.where(_like(clean, d), 0) for d in grads if d is not None and d.shape[:2] == clean.shape]
+        return [*made, *grads]
+
+    def _like(mask: Tensor, t: Tensor) -> Tensor:
+        return mask.view(*mask.shape, *[1] * (t.dim() - mask.dim()))
+
+    for odd in (True, False):
+        poisoned = {}
+        for name, t in inputs.items():
+            if isinstance(t, Tensor) and t.shape[:2] == of_token.shape:
+                value = -poison if name == "log_decay" else poison  # which is at most 0
+                poisoned[name] = _fill(t, of_token == odd, value)
+            elif isinstance(t, State):
+                where = entering == odd
+                poisoned[name] = t.map(lambda s, w=where: s if s.dtype == torch.long else _fill(s, w, poison))
+            elif isinstance(t, Tensor) and name == "initial_state":
+                poisoned[name] = _fill(t, entering == odd, poison)
+            else:
+                poisoned[name] = t
+        clean, kept = of_token != odd, leaving != odd
+        if seq.padding_mask is not None:
+            clean = clean & seq.padding_mask
+        for want, got in zip(run(inputs, clean, kept), run(poisoned, clean, kept), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

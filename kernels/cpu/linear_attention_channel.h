@@ -58,7 +58,8 @@ struct ChannelChunk {
     }
   }
 
-  // Scores of all pairs, and k_left on the way.
+  // Scores of all pairs, and k_left on the way. Rows up to the next multiple of kRows become zero, whatever an earlier
+  // chunk, which may have been another document's, left there.
   void score(const float* q, int64_t count) {
     strips(n, [&]<int V>(int64_t channel) {
       for (int64_t j = 0; j < count; ++j) {
@@ -82,6 +83,7 @@ struct ChannelChunk {
         for (int lane = 0; lane < W; ++lane) t[lane] = load(sums + (i * T + j + lane) * W);  // zero where later than i
         store(scores + i * T + j, lane_sums(t));
       }
+    std::fill(scores + count * T, scores + round_up(count, kRows) * T, 0.0f);
   }
 };
 

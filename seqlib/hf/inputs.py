@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
-from seqlib.sequence import SequenceInfo
+from seqlib.sequence import SequenceInfo, previous_real
 
 __all__ = ["after_tokens", "padding_mask", "sequence_info"]
 
@@ -28,9 +28,11 @@ def sequence_info(
 
     Documents of packed rows come from the first of these that is given:
     - cu_seq_lens_q: (ndocs + 1,) cumulative lengths over a batch of one row;
-    - seq_idx: (batch, seqlen) document numbers, negative for padding;
-    - position_ids: (batch, seqlen); a document starts at position 0, and in rows without padding wherever a position is
-      not one more than the one before. A single new token after earlier ones always goes on.
+    - seq_idx: (batch, seqlen) document numbers, negative for padding; numbers at padding say nothing;
+    - position_ids: (batch, seqlen), counted from any number; a document starts at position 0, and wherever a position
+      is not one more than that of the real token before it, padding between the two counted or not. Positions that
+      count up from 0 at padding to a real token begin a document too. A single new token after earlier ones always
+      goes on.
     The first document of a span that follows earlier tokens goes on from them, unless its position is 0.
 
     Args:
@@ -47,27 +49,35 @@ def sequence_info(
     elif seq_idx is not None:
         if tuple(seq_idx.shape) != (batch, seqlen):
             raise UnsupportedInput(f"seq_idx must have shape {(batch, seqlen)}, got {tuple(seq_idx.shape)}")
-        documents = SequenceInfo.from_seq_ids(seq_idx, continues=True)
-        starts = documents.starts
-        if documents.padding_mask is not None:
-            real = documents.padding_mask if real is None else real & documents.padding_mask
+        documents = SequenceInfo.from_seq_ids(seq_idx, continues=True, padding_mask=real)
+        starts, real = documents.starts, documents.padding_mask
     elif position_ids is not None and (seqlen > 1 or not seen):
         if tuple(position_ids.shape) not in ((batch, seqlen), (1, seqlen)):
             raise UnsupportedInput(f"position_ids must have shape {(batch, seqlen)}, got {tuple(position_ids.shape)}")
-        position_ids = position_ids.expand(batch, -1)
-        starts = position_ids == 0
-        if real is None:
-            starts[:, 1:] |= position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if not seen:
-            starts[:, 0] = False  # nothing to forget
+        starts = _starts(position_ids.expand(batch, -1), real, fresh=not seen)
     if starts is not None:
-        starts = starts if real is None else starts & real
         starts = starts if bool(starts.any()) else None
     if starts is None and real is None:
         return None
     seq = SequenceInfo(starts=starts, padding_mask=real)
     seq.check(batch, seqlen)
     return seq
+
+
+def _starts(positions: Tensor, real: Tensor | None, *, fresh: bool) -> Tensor:
+    """(batch, seqlen) bool: the real tokens at which documents begin, told by positions; in `fresh` rows not the first
+    one, which has nothing to forget."""
+    real = torch.ones_like(positions, dtype=torch.bool) if real is None else real
+    at = torch.arange(positions.shape[1], device=positions.device)
+    before = previous_real(real)
+    since = positions - positions.gather(1, before.clamp(min=0))
+    jumps = (before >= 0) & (since != 1) & (since != at - before)
+    # The positions that count up to a token one by one, those of padding included, begin here.
+    breaks = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)
+    first = torch.where(breaks, at, 0).cummax(1).values
+    counted = (positions.gather(1, first) == 0) & (first > before)
+    starts = real & (jumps | counted | (positions == 0))
+    return starts & (before >= 0) if fresh else starts
 
 
 def padding_mask(batch: int, seqlen: int, seen: int, attention_mask: Any) -> Tensor | None:

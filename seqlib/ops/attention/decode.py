@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import KVState
+from seqlib.ops.decays import FORGETS
 
 __all__ = ["step"]
 
@@ -70,7 +71,8 @@ def step(
     state.v[rows, slot] = v
     if log_decay is not None and state.log_decay is not None:
         old = torch.arange(capacity, device=k.device) < state.length[:, None]
-        state.log_decay += log_decay[:, None].to(state.log_decay.dtype) * old[..., None]
+        bounded = log_decay[:, None].to(state.log_decay.dtype).clamp(min=-FORGETS)
+        state.log_decay += torch.where(old[..., None], bounded, 0)
         state.log_decay[rows, slot] = 0
     state.length += 1
     keys, values = (t[:, :filled].transpose(1, 2) for t in (state.k, state.v))

@@ -47,13 +47,21 @@ def attention(
             visible = visible & (at_key <= at_query)
         if window is not None:
             visible = visible & ((at_key - at_query).abs() < window)
-        decays = None
-        if log_decay is not None:
-            held = [] if state is None or state.log_decay is None else list(state.log_decay[b, slots])
-            decays = _decays(log_decay[b], held, of_key[len(past) :] >= 0)
-        y = _weighted(q[b], keys, values, visible, scale, decays, relu)
-        last = (of_key == max([0, *document])).nonzero()[:, 0]
-        since = None if decays is None else decays[-1, last]
+        # Document by document: in a sum zero times what another one left behind may be NaN.
+        y, since = v.new_zeros(seqlen, q.shape[2], v.shape[3], dtype=q.dtype), None
+        latest = max([0, *document])
+        for number in range(latest + 1):
+            at, seen = ((t == number).nonzero()[:, 0] for t in (of_query[:, 0], of_key))
+            decays = None
+            if log_decay is not None:
+                held = [] if state is None or state.log_decay is None or number else list(state.log_decay[b, slots])
+                decays = _decays(log_decay[b, at], held)
+                since = decays[-1, :]
+            if len(at):
+                bias = None if decays is None else decays[1:]
+                part = _weighted(q[b, at], keys[seen], values[seen], visible[at][:, seen], scale, bias, relu)
+                y = y.index_copy(0, at, part)
+        last = (of_key == latest).nonzero()[:, 0]
         rows.append((y, keys[last], values[last], 1 + int(at_key[last[-1]]) if len(last) else 0, since))
     if window is None and state is not None:
         needed = max(length for *_, length, _ in rows)
@@ -81,15 +89,15 @@ def walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[li
     return documents, positions
 
 
-def _decays(log_decay: Tensor, held: list[Tensor], real: Tensor) -> Tensor:
-    """(queries, keys, nheads): what is forgotten of each key, those that the state holds first, up to each query."""
+def _decays(log_decay: Tensor, held: list[Tensor]) -> Tensor:
+    """(1 + queries, keys, nheads): what is forgotten of each key, those that the state holds first, before the first
+    query and up to each one."""
     log_decay = log_decay.to(torch.float64 if log_decay.dtype == torch.float64 else torch.float32)
-    log_decay = torch.where(real[:, None], log_decay, 0)
-    up_to = [known + log_decay.cumsum(0) for known in held]
+    up_to = [torch.cat([known[None], known + log_decay.cumsum(0)]) for known in held]
     for j in range(len(log_decay)):
         after = log_decay[j + 1 :].cumsum(0)
-        up_to.append(torch.cat([torch.zeros_like(log_decay[: j + 1]), after]))
-    return torch.stack(up_to, 1)
+        up_to.append(torch.cat([torch.zeros_like(log_decay[:1]).expand(j + 2, -1), after]))
+    return torch.stack(up_to, 1) if up_to else log_decay.new_zeros(1, 0, log_decay.shape[1])
 
 
 def _weighted(

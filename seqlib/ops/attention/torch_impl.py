@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlib.ops.attention.documents import Tokens, documents, with_past
+from seqlib.ops.attention.past import Tokens, with_past
 from seqlib.ops.attention.state import KVState, append
+from seqlib.ops.decays import FORGETS, summable
 from seqlib.ops.derivatives import recomputed
+from seqlib.ops.documents import documents, take, zero_padding
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["Rule", "attend", "attention_chunked", "attention_parallel"]
+__all__ = ["Rule", "attend", "attention_chunked", "attention_parallel", "sums_of_last"]
 
 # Entries of a mask that may exist at one time, and the narrowest block of queries it may force.
 _MASK, _BLOCK = 1 << 19, 64
@@ -61,27 +63,37 @@ def attend(
     state: KVState | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, KVState]:
-    queries: Tokens = (q,)
-    keys: Tokens = (k, v)
-    sums = None
+    inputs: Tokens = (q, k, v)
+    since = None
     if log_decay is not None:
-        log_decay = log_decay.double()
-        if seq is not None and seq.padding_mask is not None:
-            log_decay = torch.where(seq.padding_mask[..., None], log_decay, 0)
-        sums = log_decay.cumsum(1)
-        queries, keys = (*queries, sums[..., None]), (*keys, sums[..., None])
-    final = append(state, k, v, sums, window=window, seq=seq)
+        log_decay = zero_padding(summable(log_decay, FORGETS), seq)
+        since = sums_of_last(log_decay, seq)
+        inputs = (*inputs, log_decay)
+
+    def run(inputs: Tokens, rows: Tensor | None, goes_on: bool, real: Tensor | None) -> Tensor:
+        q, k, v, *log_decay = inputs
+        sums = tuple(t.cumsum(1)[..., None] for t in log_decay)
+        known, begin = with_past(state if goes_on else None, rows, (k, v, *sums), window)
+        end = None if causal or real is None else real.sum(1)
+        return form((q, *sums), known, Rule(window, causal, scale, relu, begin, end))
+
+    final = append(state, k, v, since, window=window, seq=seq)
     if seq is None or seq.shape is None:
-        known, begin = with_past(state, None, keys, window)
-        return form(queries, known, Rule(window, causal, scale, relu, begin)), final
+        return run(inputs, None, True, None), final
     y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
-    for index, real, rows in documents(seq, has_state=state is not None):
-        ours, theirs = (tuple(t.flatten(0, 1)[index] for t in tokens) for tokens in (queries, keys))
-        known, begin = with_past(None if rows is None else state, rows, theirs, window)
-        end = None if causal else real.sum(1)
-        part = form(ours, known, Rule(window, causal, scale, relu, begin, end))
-        y = y.index_copy(0, index[real], part[real])
+    for group in documents(seq, has_state=state is not None):
+        cut = tuple(take(t, group.index) for t in inputs)
+        part = run(cut, group.rows, group.goes_on, group.real)
+        y = y.index_copy(0, group.index[group.real], part[group.real])
     return y.unflatten(0, q.shape[:2]), final
+
+
+def sums_of_last(log_decay: Tensor, seq: SequenceInfo | None) -> Tensor:
+    """Log-decays of the last document of each row, added up to each token, as `append` takes them."""
+    if seq is not None and seq.document_ids is not None:
+        before = seq.document_ids != seq.document_ids[:, -1:]
+        log_decay = log_decay.masked_fill(before[..., None], 0.0)
+    return log_decay.cumsum(1)
 
 
 def _parallel(queries: Tokens, keys: Tokens, rule: Rule) -> Tensor:
@@ -94,7 +106,6 @@ def _parallel(queries: Tokens, keys: Tokens, rule: Rule) -> Tensor:
     uneven = rule.begin is not None or rule.end is not None
     if not uneven and window is None and (past == 0 or not rule.causal) and (plain or seqlen <= _BLOCK):
         return _sdpa(queries, keys, rule, is_causal=rule.causal)
-    # Decays are counted from the first query of a block: in wider ones they would lose digits.
     block = _BLOCK if gated else max(_BLOCK, _MASK // (total * (batch if uneven else 1)))
     parts = []
     for i0 in range(0, seqlen, block):
@@ -158,21 +169,17 @@ def _sdpa(queries: Tokens, keys: Tokens, rule: Rule, **options: Any) -> Tensor:
     """torch's fused kernel on (batch, seqlen, nheads, headdim)."""
     scale = rule.scale
     (q, *gate), (k, v, *key_gate) = queries, keys
-    dtype, group, width = v.dtype, q.shape[2] // k.shape[2], v.shape[3]
+    group, width = q.shape[2] // k.shape[2], v.shape[3]
     if group > 1:
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     if rule.relu:
         return _rectified(q, k, v, scale, **options)
     if gate:
-        q, k, v, scale = (
-            *_gated(q, k, gate[0], key_gate[0], scale),
-            v.to(torch.promote_types(dtype, torch.float32)),
-            1.0,
-        )
+        return _gated(q, k, v, gate[0], key_gate[0], scale, **options)
     # The fused kernels want one head width; without them torch would write out all scores.
     q, k, v = (F.pad(t, (0, max(q.shape[3], width) - t.shape[3])).transpose(1, 2) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, scale=scale, **options)
-    return y.transpose(1, 2)[..., :width].to(dtype)
+    return y.transpose(1, 2)[..., :width]
 
 
 def _rectified(
@@ -186,13 +193,24 @@ def _rectified(
     return ((weights.tril() if is_causal else weights) @ values).transpose(1, 2).to(v.dtype)
 
 
-def _gated(q: Tensor, k: Tensor, sums: Tensor, key_sums: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Scaled queries and keys with two features more, whose product is sums_i - key_sums_j.
-
-    A bias would be a matrix, and one that wants gradients has no fused kernel. Both are counted from the first query,
-    so that rounding is that of the decays within a block.
-    """
-    first, wide = sums[:, :1], torch.promote_types(q.dtype, torch.float32)
-    gate, key_gate = (sums - first).to(wide), (first - key_sums).to(wide)
-    q = torch.cat([q.to(wide) * scale, gate, torch.ones_like(gate)], -1)
-    return q, torch.cat([k.to(wide), torch.ones_like(key_gate), key_gate], -1)
+def _gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sums: Tensor,
+    key_sums: Tensor,
+    scale: float,
+    *,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """With the log-decays between query and key, differences of their sums taken in float64, beside the scores."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, values = (t.to(wide).transpose(1, 2) for t in (q, k, v))
+    between = (sums.transpose(1, 2) - key_sums.permute(0, 2, 3, 1)).to(wide)
+    scores = q @ k.transpose(-1, -2) * scale + between
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return (scores.softmax(-1) @ values).transpose(1, 2).to(v.dtype)

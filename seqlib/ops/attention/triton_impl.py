@@ -13,7 +13,7 @@ from torch import Tensor
 from seqlib.dispatch import Facts, Verdict
 from seqlib.ops import triton_common as common
 from seqlib.ops.attention import triton_kernels as kernels
-from seqlib.ops.attention.documents import Tokens
+from seqlib.ops.attention.past import Tokens
 from seqlib.ops.attention.state import KVState
 from seqlib.ops.attention.torch_impl import Rule, attend, attention_parallel
 from seqlib.ops.triton_call import contiguous_rows, sum_groups

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.ops.documents import zero_padding
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["causal_conv1d", "step"]
@@ -19,6 +20,7 @@ def causal_conv1d(
     initial_state: Tensor | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, Tensor]:
+    x = zero_padding(x, seq)
     batch, seqlen, d = x.shape
     high = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = weight.to(high), None if bias is None else bias.to(high)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.ops.documents import zero_padding
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["delta_rule"]
@@ -24,6 +25,8 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     batch, seqlen, nheads, headdim = v.shape
     high = torch.float64 if v.dtype == torch.float64 else torch.float32
+    q, k, v, beta = (zero_padding(t, seq) for t in (q, k, v, beta))
+    log_decay = None if log_decay is None else zero_padding(log_decay, seq)
     q, k = (t.to(high).repeat_interleave(nheads // t.shape[2], 2) for t in (q, k))
     S = (
         v.new_zeros(batch, nheads, q.shape[-1], headdim, dtype=high)

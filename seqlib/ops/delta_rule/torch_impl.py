@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from seqlib.ops.documents import by_document
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["chunked", "step"]
@@ -29,7 +30,7 @@ BLOCK = 2**19  # elements of k that are worked on at once: bounds memory beyond 
 
 
 class Decays(NamedTuple):
-    """Decays inside chunks, every factor at most 1, zero from one document to another."""
+    """Decays inside chunks, every factor at most 1."""
 
     kk: Tensor  # ... t s, scores of k_t with k_s, s < t
     qk: Tensor  # ... t s, scores of q_t with k_s, s <= t
@@ -55,14 +56,16 @@ def chunked(
     high = torch.float64 if v.dtype == torch.float64 else torch.float32
     chunk = min(chunk_size or CHUNK, seqlen)
     S = v.new_zeros(batch, nheads, d_state, headdim, dtype=high) if initial_state is None else initial_state.to(high)
-    real, document, before = None, None, None
-    if seq is not None:
-        real, document = seq.padding_mask, seq.document_ids
-    if document is not None:
-        before = torch.cat([torch.zeros_like(document[:, :1]), document[:, :-1]], 1)
+    if seq is not None and seq.starts is not None:
+        # In a product of matrices zero times what another document left behind may be NaN.
+        def alone(*given: Any) -> tuple[Tensor, Tensor]:
+            *tensors, state, padded = given
+            return chunked(*tensors, scale=scale, initial_state=state, chunk_size=chunk_size, seq=padded)
+
+        return by_document(alone, (q, k, v, beta, log_decay), v, initial_state, S, seq)
 
     length = chunk * max(1, BLOCK // (batch * chunk * nheads * max(d_state, headdim)))
-    given = (q, k, v, beta, log_decay, real, document, before)
+    given = (q, k, v, beta, log_decay, None if seq is None else seq.padding_mask)
     pieces = zip(*([None] * -(-seqlen // length) if t is None else t.split(length, 1) for t in given))
     # Recompute each block in the backward pass instead of keeping what it made.
     run: Callable[..., tuple[Tensor, Tensor]] = _block
@@ -96,12 +99,10 @@ def _block(
     beta: Tensor,
     log_decay: Tensor | None,
     real: Tensor | None,
-    document: Tensor | None,
-    before: Tensor | None,
     scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """A block of chunks from state S; documents are numbered, `before` is the number of the token before each."""
+    """A block of chunks from state S."""
     out, high = v.dtype, S.dtype
     seqlen, nheads = v.shape[1:3]
 
@@ -115,10 +116,9 @@ def _block(
         return t.unflatten(1, (-1, chunk)).movedim(3, 1)
 
     q, k, v, beta = split(q), split(k), split(v), split(beta).unsqueeze(-1)
-    same, first, last = _documents(document, before, chunk)
     # Sums of decays in float64, so that small decays after large ones keep their digits.
     G = None if log_decay is None else split(log_decay, torch.float64).cumsum(3)
-    decays = _decays(q, k, G, same, first, last)
+    decays = _decays(q, k, G)
 
     inverse = _UnitLowerInverse.apply(beta * decays.kk)
     read_k, read_q = (k, q) if decays.entry is None else (k * decays.entry, q * decays.entry)
@@ -137,21 +137,7 @@ def _block(
     return (y if real is None else y.masked_fill(~real[..., None, None], 0.0)).to(out), S
 
 
-def _documents(
-    document: Tensor | None, before: Tensor | None, chunk: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What shares a document: pairs of a chunk (b 1 c t s), tokens with the state entering or leaving it (b 1 c t)."""
-    if document is None or before is None:
-        return None, None, None
-    tail = -document.shape[1] % chunk
-    ids = torch.cat([document, document[:, -1:].expand(-1, tail)], 1).unflatten(1, (-1, chunk))[:, None]
-    entering = before[:, ::chunk, None][:, None]
-    return ids.unsqueeze(-1) == ids.unsqueeze(-2), ids == entering, ids == ids[..., -1:]
-
-
-def _decays(
-    q: Tensor, k: Tensor, G: Tensor | None, same: Tensor | None, first: Tensor | None, last: Tensor | None
-) -> Decays:
+def _decays(q: Tensor, k: Tensor, G: Tensor | None) -> Decays:
     """Scores and factors with the decay in them; G is the cumulative log decay (..., t) or (..., t, n)."""
     high, kT = k.dtype, k.transpose(-1, -2)
     if G is not None and G.dim() == k.dim():
@@ -164,17 +150,10 @@ def _decays(
             pairs = (G.unsqueeze(-1) - G.unsqueeze(-2)).masked_fill(later, -torch.inf).to(high).exp()
             kk, qk = kk * pairs, qk * pairs
             entry, leave = G.unsqueeze(-1), (G[..., -1:] - G).unsqueeze(-1)
-    if same is not None:
-        kk, qk = kk * same, qk * same
     kk, qk = kk.tril(-1), qk.tril()
-    if G is not None:
-        entry, leave = entry.to(high).exp(), leave.to(high).exp()
-    elif first is not None:
-        entry = leave = k.new_ones(())
-    else:
+    if G is None:
         return Decays(kk, qk, None, None, None)
-    if first is not None and last is not None:
-        entry, leave = entry * first.unsqueeze(-1), leave * last.unsqueeze(-1)
+    entry, leave = entry.to(high).exp(), leave.to(high).exp()
     return Decays(kk, qk, entry, leave, entry[..., -1, :].unsqueeze(-1))
 
 

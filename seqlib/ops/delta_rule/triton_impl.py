@@ -17,7 +17,8 @@ from seqlib.ops import triton_common as common
 from seqlib.ops.delta_rule import triton_kernels as kernels
 from seqlib.ops.delta_rule.cases import case
 from seqlib.ops.delta_rule.torch_impl import chunked
-from seqlib.ops.linear_attention.summary import documents, mask_padding, zero_padding
+from seqlib.ops.documents import zero_padding
+from seqlib.ops.linear_attention.summary import mask_padding
 from seqlib.ops.linear_attention.triton_kernels import mix
 from seqlib.ops.triton_call import Call, contiguous_rows, cut, float_state, like_decay, sum_groups
 from seqlib.sequence import SequenceInfo
@@ -104,7 +105,9 @@ def delta_rule(
     if seq is not None and seq.padding_mask is not None:
         beta = beta.masked_fill(~seq.padding_mask.unsqueeze(-1), 0.0)
     q = zero_padding(q, seq)  # NaN times a gradient of zero is NaN
-    y, state, _ = _forward(q, k, v, beta, log_decay, initial_state, documents(seq), float(scale))
+    y, state, _ = _forward(
+        q, k, v, beta, log_decay, initial_state, None if seq is None else seq.document_ids, float(scale)
+    )
     return zero_padding(y, seq), state
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seqlib.ops.linear_attention.summary import documents, summarize, zero_padding
+from seqlib.ops.documents import zero_padding
+from seqlib.ops.linear_attention.summary import summarize
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["bidirectional"]
@@ -41,7 +42,7 @@ def bidirectional(
 
 def _flipped(seq: SequenceInfo | None) -> SequenceInfo | None:
     """The same documents read from right to left."""
-    ids = documents(seq)
+    ids = None if seq is None else seq.document_ids
     if seq is None or ids is None:
         return None if seq is None or seq.padding_mask is None else SequenceInfo(padding_mask=seq.padding_mask.flip(1))
     ids = ids.flip(1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
+from seqlib.ops.documents import zero_padding
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["linear_attention"]
@@ -32,8 +33,9 @@ def linear_attention(
     g = log_decay.to(high)
     if g.dim() < 4:
         g = g.expand(batch, seqlen, nheads).unsqueeze(-1)
-    q, k = (t.to(high).repeat_interleave(nheads // t.shape[2], 2) for t in (q, k))
-    vs = v.to(high)
+    g = zero_padding(g, seq) if g.dim() > 1 else g
+    q, k = (zero_padding(t.to(high).repeat_interleave(nheads // t.shape[2], 2), seq) for t in (q, k))
+    vs = zero_padding(v.to(high), seq)
     real = torch.ones(batch, seqlen, dtype=torch.bool, device=v.device)
     starts = torch.zeros_like(real)
     if seq is not None:
@@ -56,8 +58,11 @@ def linear_attention(
 
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, g: Tensor, real: Tensor, starts: Tensor) -> Tensor:
     """Every pair of real tokens of one document, at their distance in real tokens."""
-    document, place = starts.long().cumsum(1), real.long().cumsum(1)
-    pairs = real[:, :, None] & real[:, None] & (document[:, :, None] == document[:, None])
-    distance = (place[:, :, None] - place[:, None]).abs()
-    weights = torch.exp(g[:, None, None] * distance[:, None]) * pairs[:, None]  # b h l s
-    return torch.einsum("blhn,bshn,bhls,bshp->blhp", q, k, weights, v)
+    y, document = torch.zeros_like(v), starts.long().cumsum(1)
+    for row, number in {(b, int(n)) for b in range(len(v)) for n in document[b, real[b]]}:
+        at = (real[row] & (document[row] == number)).nonzero()[:, 0]
+        place = torch.arange(len(at), device=v.device)
+        weights = torch.exp(g[:, None, None] * (place[:, None] - place).abs())  # h l s
+        part = torch.einsum("lhn,shn,hls,shp->lhp", q[row, at], k[row, at], weights, v[row, at])
+        y = y.index_put((torch.full_like(at, row), at), part)
+    return y

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.ops.decays import summable
+from seqlib.ops.documents import zero_padding
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["combine", "documents", "mask_padding", "summable", "summarize", "zero_padding"]
+__all__ = ["combine", "mask_padding", "summarize"]
 
 
 def summarize(
@@ -30,6 +32,10 @@ def summarize(
     Source: Sun et al. 2024 (LASP-2), section 3, with decay.
     """
     high = torch.float64 if v.dtype == torch.float64 else torch.float32
+    ids = None if seq is None else seq.document_ids
+    if seq is not None and ids is not None:  # what stands before the last document does not matter
+        kept = ids == ids[:, -1:]
+        seq = SequenceInfo(padding_mask=kept if seq.padding_mask is None else kept & seq.padding_mask)
     k, v, log_decay = mask_padding(k, v, log_decay, seq)
     batch, seqlen, nheads, _ = v.shape
     g = v.new_zeros(nheads, dtype=high) if log_decay is None else log_decay
@@ -37,9 +43,7 @@ def summarize(
         g = g.expand(batch, seqlen, nheads).unsqueeze(-1)
     cum = summable(g).cumsum(1)
     left, decay = torch.exp((cum[:, -1:] - cum).to(high)), torch.exp(cum[:, -1].to(high))
-    ids = documents(seq)
     if ids is not None:
-        left = left.masked_fill((ids != ids[:, -1:])[..., None, None], 0.0)
         decay = decay.masked_fill((ids[:, -1] > 0)[:, None, None], 0.0)
     k = k.to(high).repeat_interleave(nheads // k.shape[2], 2)
     return decay, torch.einsum("blhn,blhp->bhnp", k * left, v.to(high))
@@ -53,33 +57,13 @@ def combine(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor,
     return a[0] * b[0], b[0].unsqueeze(-1) * a[1] + b[1]
 
 
-def summable(log_decay: Tensor) -> Tensor:
-    """Log-decays in float64, where differences of large sums keep the small ones. exp(-1000) is already nothing."""
-    return log_decay.double().clamp(min=-1000.0)
-
-
 def mask_padding(
     k: Tensor, v: Tensor, log_decay: Tensor | None, seq: SequenceInfo | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inputs under which padded positions leave the state as it is: nothing added, no decay."""
     if seq is None or seq.padding_mask is None:
         return k, v, log_decay
-    absent = ~seq.padding_mask
     if log_decay is not None:
         log_decay = log_decay.expand(*v.shape[:3]) if log_decay.dim() == 1 else log_decay
-        log_decay = log_decay.masked_fill(absent.view(*absent.shape, *[1] * (log_decay.dim() - 2)), 0.0)
+        log_decay = zero_padding(log_decay, seq)
     return zero_padding(k, seq), zero_padding(v, seq), log_decay
-
-
-def zero_padding(t: Tensor, seq: SequenceInfo | None) -> Tensor:
-    """t (batch, seqlen, nheads, width) with zeros at padded positions, whatever stands there."""
-    absent = None if seq is None or seq.padding_mask is None else ~seq.padding_mask[..., None, None]
-    return t if absent is None else t.masked_fill(absent, 0.0)
-
-
-def documents(seq: SequenceInfo | None) -> Tensor | None:
-    """(batch, seqlen) number of the document of each position, 0 being that of the incoming state; None if one."""
-    if seq is None or seq.starts is None:
-        return None
-    starts = seq.starts if seq.padding_mask is None else seq.starts & seq.padding_mask
-    return starts.long().cumsum(1)

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.ops.decays import summable
 from seqlib.ops.derivatives import once
+from seqlib.ops.documents import by_document, zero_padding
 from seqlib.ops.linear_attention.bidirectional import bidirectional
-from seqlib.ops.linear_attention.summary import documents, mask_padding, summable, zero_padding
+from seqlib.ops.linear_attention.summary import mask_padding
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["chunked", "parallel", "step"]
@@ -34,6 +36,9 @@ def chunked(
     chunk_size: int | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, Tensor]:
+    if seq is not None and seq.starts is not None:
+        return _packed(q, k, v, log_decay, scale, initial_state, causal, chunk_size, seq)
+
     def run(
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, seq: SequenceInfo | None
     ) -> tuple[Tensor, Tensor]:
@@ -41,12 +46,38 @@ def chunked(
         chunk = min(chunk_size or (CHUNK_PER_CHANNEL if channels else CHUNK), v.shape[1])
         k, v, log_decay = mask_padding(k, v, log_decay, seq)
         q = zero_padding(q, seq)  # NaN times a gradient of zero is NaN
-        return _Chunked.apply(q, k, v, log_decay, initial_state, documents(seq), scale, chunk)
+        return _Chunked.apply(q, k, v, log_decay, initial_state, scale, chunk)
 
     if not causal:
         return bidirectional(run, q, k, v, log_decay, scale, seq)
     y, state = run(q, k, v, log_decay, seq)
     return zero_padding(y, seq), state
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    causal: bool,
+    chunk_size: int | None,
+    seq: SequenceInfo,
+) -> tuple[Tensor, Tensor]:
+    """Document by document: in a product of matrices zero times what another document left behind may be NaN."""
+    constant = log_decay is not None and log_decay.dim() == 1
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, seq: SequenceInfo | None
+    ) -> tuple[Tensor, Tensor]:
+        decay = log_decay if constant else decay
+        options: dict[str, Any] = {"causal": causal, "chunk_size": chunk_size, "seq": seq}
+        return chunked(q, k, v, decay, scale=scale, initial_state=state, **options)
+
+    final = v.new_zeros(v.shape[0], v.shape[2], k.shape[-1], v.shape[3], dtype=_wide(v))
+    final = final if initial_state is None else initial_state.to(final.dtype)
+    return by_document(run, (q, k, v, None if constant else log_decay), v, initial_state, final, seq)
 
 
 def parallel(
@@ -86,8 +117,6 @@ class _Segment:
     k: Tensor
     v: Tensor  # b h c i p
     cum: Tensor  # b h c i n: sum of log_decay from the chunk's first position
-    ids: Tensor | None  # b 1 c i 1: document of each position
-    entry: Tensor | None  # b 1 c 1 1: document that a chunk's incoming state belongs to
     alike: bool  # every chunk decays as the first, but for the tail of the last
 
     def __post_init__(self) -> None:
@@ -95,11 +124,6 @@ class _Segment:
         self.q_reach = self._exp(self.cum)  # how much of the incoming state each position sees
         self.k_reach = self._exp(self.last - self.cum)  # how much of each position is left at the end
         passed = self._exp(self.last)
-        if self.ids is not None:
-            assert self.entry is not None
-            self.q_reach = self.q_reach.masked_fill(self.ids != self.entry, 0.0)
-            self.k_reach = self.k_reach.masked_fill(self.ids != self.ids[..., -1:, :], 0.0)
-            passed = passed.masked_fill(self.entry != self.ids[..., -1:, :], 0.0)
         self.passed = passed.transpose(-1, -2).expand(-1, -1, self.k.shape[2], -1, -1)  # b h c n 1
         self.qs, self.ks = self.q * self.q_reach, self.k * self.k_reach
 
@@ -107,16 +131,11 @@ class _Segment:
         return t.to(self.q.dtype).exp()
 
     def weights(self) -> Tensor:
-        """b h c i j n: the decay between two positions of a chunk, zero where j is later or of another document."""
+        """b h c i j n: the decay between two positions of a chunk, zero where j is later."""
         cum = self.cum[:, :, :1] if self.alike else self.cum
         pairs = torch.ones(cum.shape[-2], cum.shape[-2], dtype=torch.bool, device=cum.device).tril()
-        seen = pairs[..., None] if self.ids is None else pairs[..., None] & self.same()
         # Positive differences are never exponentiated.
-        return self._exp((cum.unsqueeze(-2) - cum.unsqueeze(-3)).masked_fill(~pairs[..., None], 0.0)) * seen
-
-    def same(self) -> Tensor:
-        assert self.ids is not None
-        return self.ids.unsqueeze(-2) == self.ids.unsqueeze(-3)  # b 1 c i j 1
+        return self._exp((cum.unsqueeze(-2) - cum.unsqueeze(-3)).masked_fill(~pairs[..., None], -torch.inf))
 
     def scores(self, weights: Tensor) -> Tensor:
         if weights.shape[-1] == 1:
@@ -169,12 +188,7 @@ class _Segment:
         kept = (exits * dexit).sum(-1).unsqueeze(-2)  # b h c 1 n
         if self.cum.shape[-1] == 1:
             terms, kept = terms.sum(-1, keepdim=True), kept.sum(-1, keepdim=True)
-        if self.ids is None:
-            return terms.flip(-2).cumsum(-2).flip(-2) + kept
-        later = self.same().squeeze(-1).triu().to(terms.dtype)
-        dg = later @ terms + kept * (self.ids == self.ids[..., -1:, :])
-        before = torch.cat([self.entry, self.ids[..., :-1, :]], -2)  # type: ignore[list-item]
-        return dg * (self.ids == before)  # what a document start forgets does not matter
+        return terms.flip(-2).cumsum(-2).flip(-2) + kept
 
 
 class _Chunked(torch.autograd.Function):
@@ -186,11 +200,10 @@ class _Chunked(torch.autograd.Function):
         v: Tensor,
         log_decay: Tensor | None,
         initial_state: Tensor | None,
-        ids: Tensor | None,
         scale: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        high = torch.float64 if v.dtype == torch.float64 else torch.float32
+        high = _wide(v)
         batch, _, nheads, headdim = v.shape
         if initial_state is None:
             state = torch.zeros(batch, nheads, k.shape[-1], headdim, dtype=high, device=v.device)
@@ -199,9 +212,9 @@ class _Chunked(torch.autograd.Function):
         y, entries = torch.empty_like(v), []
         for begin, end in _segments(v, k.shape[-1], log_decay, chunk):
             entries.append(state)
-            out, state = _cut(q, k, v, log_decay, ids, begin, end, chunk).forward(state)
+            out, state = _cut(q, k, v, log_decay, begin, end, chunk).forward(state)
             y[:, begin:end] = _uncut(scale * out, end - begin)
-        ctx.save_for_backward(q, k, v, log_decay, ids, *entries)
+        ctx.save_for_backward(q, k, v, log_decay, *entries)
         ctx.scale, ctx.chunk = scale, chunk
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
         return y, state
@@ -209,13 +222,13 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, log_decay, ids, *entries = ctx.saved_tensors
+        q, k, v, log_decay, *entries = ctx.saved_tensors
         needs_decay = ctx.needs_input_grad[3]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dg = torch.zeros_like(log_decay) if needs_decay else None
         spans = list(_segments(v, k.shape[-1], log_decay, ctx.chunk))
         for (begin, end), entry in zip(reversed(spans), reversed(entries)):
-            segment = _cut(q, k, v, log_decay, ids, begin, end, ctx.chunk)
+            segment = _cut(q, k, v, log_decay, begin, end, ctx.chunk)
             given = ctx.scale * _blocks(dy[:, begin:end].to(entry.dtype), ctx.chunk)
             dq_s, dk_s, dv_s, dg_s, dstate = segment.backward(given, entry, dstate, needs_decay)
             dq[:, begin:end] = _sum_groups(_uncut(dq_s, end - begin), q.shape[2])
@@ -228,7 +241,11 @@ class _Chunked(torch.autograd.Function):
                 else:
                     dg[:, begin:end] = dg_s.squeeze(-1) if log_decay.dim() == 3 else dg_s
         dinitial = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
-        return dq, dk, dv, dg, dinitial, None, None, None
+        return dq, dk, dv, dg, dinitial, None, None
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def _segments(v: Tensor, d_state: int, log_decay: Tensor | None, chunk: int) -> Iterator[tuple[int, int]]:
@@ -239,11 +256,9 @@ def _segments(v: Tensor, d_state: int, log_decay: Tensor | None, chunk: int) -> 
         yield begin, min(begin + length, seqlen)
 
 
-def _cut(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, ids: Tensor | None, begin: int, end: int, chunk: int
-) -> _Segment:
+def _cut(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, begin: int, end: int, chunk: int) -> _Segment:
     nheads = v.shape[2]
-    high = torch.float64 if v.dtype == torch.float64 else torch.float32
+    high = _wide(v)
     q, k, v = (t[:, begin:end].to(high) for t in (q, k, v))
     q, k = (t.repeat_interleave(nheads // t.shape[2], 2) if t.shape[2] != nheads else t for t in (q, k))
     nchunks = -(-(end - begin) // chunk)
@@ -258,14 +273,7 @@ def _cut(
     else:
         g = summable(log_decay[:, begin:end])
         cum = _blocks(g if g.dim() == 4 else g.unsqueeze(-1), chunk).cumsum(-2)
-    entry = None
-    if ids is not None:
-        blocks = F.pad(ids[:, begin:end], (0, nchunks * chunk - (end - begin)), value=-1)
-        blocks = torch.where(blocks < 0, ids[:, end - 1 : end], blocks).view(-1, 1, nchunks, chunk, 1)
-        first = ids[:, begin - 1] if begin else torch.zeros_like(ids[:, 0])
-        entry = torch.cat([first.view(-1, 1, 1, 1, 1), blocks[:, :, :-1, -1:]], 2)
-        ids = blocks
-    return _Segment(_blocks(q, chunk), _blocks(k, chunk), _blocks(v, chunk), cum, ids, entry, alike)
+    return _Segment(_blocks(q, chunk), _blocks(k, chunk), _blocks(v, chunk), cum, alike)
 
 
 def _blocks(t: Tensor, chunk: int) -> Tensor:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from seqlib.dispatch import Facts, Verdict
 from seqlib.ops import triton_common as common
+from seqlib.ops.documents import zero_padding
 from seqlib.ops.linear_attention import triton_kernels as kernels
 from seqlib.ops.linear_attention.bidirectional import bidirectional
 from seqlib.ops.linear_attention.cases import case
-from seqlib.ops.linear_attention.summary import documents, mask_padding, zero_padding
+from seqlib.ops.linear_attention.summary import mask_padding
 from seqlib.ops.linear_attention.torch_impl import chunked
 from seqlib.ops.triton_call import Call, contiguous_rows, cut, float_state, like_decay, sum_groups
 from seqlib.sequence import SequenceInfo
@@ -103,7 +104,7 @@ def linear_attention(
     ) -> tuple[Tensor, Tensor]:
         k, v, log_decay = mask_padding(k, v, log_decay, seq)
         q = zero_padding(q, seq)  # NaN times a gradient of zero is NaN
-        return _forward(q, k, v, log_decay, initial_state, documents(seq), float(scale))[:2]
+        return _forward(q, k, v, log_decay, initial_state, None if seq is None else seq.document_ids, float(scale))[:2]
 
     if not causal:
         return bidirectional(run, q, k, v, log_decay, scale, seq)

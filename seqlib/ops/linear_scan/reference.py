@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.ops.documents import zero_padding
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["linear_scan"]
@@ -14,7 +15,7 @@ def linear_scan(
     a: Tensor, b: Tensor, *, initial_state: Tensor | None, reverse: bool, seq: SequenceInfo | None
 ) -> tuple[Tensor, Tensor]:
     high = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    a, b_high = a.to(high).expand(b.shape), b.to(high)
+    a, b_high = (zero_padding(t, seq) for t in (a.to(high).expand(b.shape), b.to(high)))
     batch, seqlen = b.shape[:2]
     h = b_high.new_zeros(b_high[:, 0].shape) if initial_state is None else initial_state.to(high)
     starts = None if seq is None else seq.starts

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
-from seqlib.ops.attention.documents import documents
 from seqlib.ops.attention.state import append
+from seqlib.ops.attention.torch_impl import sums_of_last
+from seqlib.ops.decays import FORGETS, summable
 from seqlib.ops.derivatives import recomputed
+from seqlib.ops.documents import documents, take, zero_padding
 from seqlib.ops.path_attention.state import PathState
 from seqlib.sequence import SequenceInfo
 
@@ -82,34 +84,40 @@ def attend(
     state: PathState | None,
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, PathState]:
-    sums = None
-    if log_decay is not None:
-        log_decay = log_decay.double()
-        if seq is not None and seq.padding_mask is not None:
-            log_decay = torch.where(seq.padding_mask[..., None], log_decay, 0)
-        sums = log_decay.cumsum(1)
     high = torch.promote_types(q.dtype, torch.float32)
-    inputs = (q, k, v, w, beta) if sums is None else (q, k, v, w, beta, sums)
+    inputs: tuple[Tensor, ...] = (q, k, v, w, beta)
+    since = None
+    if log_decay is not None:
+        log_decay = zero_padding(summable(log_decay, FORGETS), seq)
+        since = sums_of_last(log_decay, seq)
+        inputs = (*inputs, log_decay)
+
+    def run(inputs: tuple[Tensor, ...], past: Past | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return form((*inputs[:5], *(t.cumsum(1) for t in inputs[5:])), past, scale, chunk_size)
+
     held = None if state is None else state.k.to(high)
     if seq is None or seq.shape is None:
-        y, keys, held = form(inputs, _past(state, None), scale, chunk_size)
+        y, keys, held = run(inputs, _past(state, None))
     else:
         y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
         keys = k.flatten(0, 1).to(high)
-        for index, real, rows in documents(seq, has_state=state is not None):
-            q_, k_, v_, w_, beta_, *sums_ = (t.flatten(0, 1)[index] for t in inputs)
+        for group in documents(seq, has_state=state is not None):
+            index, real = group.index, group.real
+            # What repeats the last token turns no key.
+            q_, k_, v_, w_, beta_, *rest = (take(t, index) for t in inputs)
             beta_ = torch.where(real[..., None], beta_, 0)
-            past = None if rows is None else _past(state, rows)
-            part, brought, old = form((q_, k_, v_, w_, beta_, *sums_), past, scale, chunk_size)
+            part, brought, old = run(
+                (q_, k_, v_, w_, beta_, *rest), _past(state, group.rows) if group.goes_on else None
+            )
             y = y.index_copy(0, index[real], part[real])
             keys = keys.index_copy(0, index[real], brought[real])
-            if held is not None and rows is not None and old is not None:
-                held = held.index_copy(0, rows, F.pad(old, (0, 0, 0, 0, 0, held.shape[1] - old.shape[1])))
+            if held is not None and group.goes_on and old is not None:
+                held = held.index_copy(0, group.rows, F.pad(old, (0, 0, 0, 0, 0, held.shape[1] - old.shape[1])))
         y, keys = y.unflatten(0, q.shape[:2]), keys.unflatten(0, q.shape[:2])
     if state is not None and held is not None:
         room = state.capacity - held.shape[1]
         state = PathState(F.pad(held, (0, 0, 0, 0, 0, room)), state.v, state.length, state.log_decay)
-    final = append(state, keys, v, sums, window=None, seq=seq)
+    final = append(state, keys, v, since, window=None, seq=seq)
     return y, PathState(final.k, final.v, final.length, final.log_decay)
 
 
@@ -225,11 +233,10 @@ def _ways(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decays(G: Tensor, a: int, past: Past | None, group: int, high: torch.dtype) -> Tensor:
     """(b, g, r q, s): the log-decays between the queries of block a and every key up to it."""
-    first = G[:, :, a, :1]
     keys = G[:, :, : a + 1].flatten(2, 3)
     if past is not None and past.decay is not None:
         keys = torch.cat([-past.decay.double(), keys], -1)
-    both = (G[:, :, a] - first).to(high).unsqueeze(-1) + (first - keys).to(high).unsqueeze(-2)
+    both = (G[:, :, a].unsqueeze(-1) - keys.unsqueeze(-2)).to(high)
     return both.unflatten(1, (-1, group)).flatten(2, 3)
 
 
@@ -279,7 +286,8 @@ def step(
         state.v[rows, state.length] = v
         if log_decay is not None and state.log_decay is not None:
             old = torch.arange(capacity, device=q.device) < state.length[:, None]
-            state.log_decay += log_decay[:, None].to(state.log_decay.dtype) * old[..., None]
+            bounded = log_decay[:, None].to(state.log_decay.dtype).clamp(min=-FORGETS)
+            state.log_decay += torch.where(old[..., None], bounded, 0)
             state.log_decay[rows, state.length] = 0
         state.length += 1
         groups = q.to(high).unflatten(1, (k.shape[1], -1)) * (q.shape[-1] ** -0.5 if scale is None else scale)

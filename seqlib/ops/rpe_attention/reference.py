@@ -45,9 +45,15 @@ def rpe_attention(
             values = torch.cat([F.pad(ring.v[b, slots].to(high), (0, 1), value=1.0), values])
         of_query, at_query = of_key[len(past) :, None], at_key[len(past) :, None]
         distance = at_query - at_key
-        visible = (of_key == of_query) & (of_query >= 0) & (distance >= nearest) & (distance < window)
+        visible = (distance >= nearest) & (distance < window)
         table = weights[:, (distance - nearest).clamp(0, weights.shape[1] - 1)] * visible  # h l s
-        y = torch.einsum("lhn,shn,hls,shp->lhp", q[b].to(high), keys, table, values)
+        y = values.new_zeros(len(document), *values.shape[1:])
+        # Document by document: in a sum zero times what another one left behind may be NaN.
+        for number in {*document} - {-1}:
+            at, seen = ((t == number).nonzero()[:, 0] for t in (of_query[:, 0], of_key))
+            some = table[:, at][..., seen]
+            part = torch.einsum("lhn,shn,hls,shp->lhp", q[b, at].to(high), keys[seen], some, values[seen])
+            y = y.index_copy(0, at, part)
         if exponentials is not None:
             known = _known(state, b, q, v, exponentials)
             counted = torch.tensor([d == 0 for d in document], device=q.device)
@@ -55,10 +61,10 @@ def rpe_attention(
             fitted = torch.einsum(
                 "lhm,lhn,hmnp->lhp",
                 (exponentials.weights * exponentials.rates ** away[:, None, None]).to(known.dtype),
-                q[b].to(known.dtype),
+                q[b].where(counted[:, None, None], 0).to(known.dtype),
                 known,
             )
-            y = y + fitted.real * counted[:, None, None]
+            y = y + fitted.real.where(counted[:, None, None], 0)
             sums.append(_summed(k[b], v[b], document, known, exponentials))
         real = torch.tensor([d >= 0 for d in document], device=q.device)[:, None, None]
         ys.append(torch.where(real, y[..., :-1] / torch.where(real, y[..., -1:], 1), 0))

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlib.ops.attention.documents import documents, with_past
+from seqlib.ops.attention.past import with_past
 from seqlib.ops.attention.state import append
 from seqlib.ops.derivatives import recomputed
+from seqlib.ops.documents import documents, take
 from seqlib.ops.rpe_attention.exponentials import Exponentials, relative_weights
 from seqlib.ops.rpe_attention.state import ExponentialState, WindowState
 from seqlib.sequence import SequenceInfo
@@ -70,11 +71,11 @@ def _attend(
         sums = run(q, known, begin, None)
     else:
         sums = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3] + 1, dtype=high)
-        flat = tuple(t.flatten(0, 1) for t in (q, k, v))
-        for index, real, rows in documents(seq, has_state=ring is not None):
-            ours, *theirs = (t[index] for t in flat)
-            known, begin = with_past(None if rows is None else ring, rows, tuple(theirs), window)
-            sums = sums.index_copy(0, index[real], run(ours, known, begin, real.sum(1))[real])
+        for group in documents(seq, has_state=ring is not None):
+            ours, *theirs = (take(t, group.index) for t in (q, k, v))
+            known, begin = with_past(ring if group.goes_on else None, group.rows, tuple(theirs), window)
+            part = run(ours, known, begin, group.real.sum(1))
+            sums = sums.index_copy(0, group.index[group.real], part[group.real])
         sums = sums.unflatten(0, q.shape[:2])
     final: WindowState | ExponentialState
     if exponentials is None:
@@ -175,11 +176,13 @@ def _exponential(
     goes_on = torch.ones(batch, dtype=torch.bool, device=q.device)
     if seq is not None and seq.document_ids is not None:
         goes_on = seq.document_ids[:, -1] == 0
-    kept = _powers(rates, count[:, None]) * goes_on[:, None, None, None]  # b h m 1
-    sums = sums + kept.unsqueeze(-1) * before
+    # Filled and not multiplied with zeros: what is forgotten may be infinite.
+    kept = before.masked_fill(~goes_on.view(-1, 1, 1, 1, 1), 0.0)
+    sums = sums + _powers(rates, count[:, None]).unsqueeze(-1) * kept
     near = _powers(rates, here + 1) * weights[..., None]  # b h m l
     ours = torch.einsum("bhml,blhn->bhlmn", near, q.to(dtype)).flatten(3)
-    return (ours @ before.flatten(2, 3)).real.transpose(1, 2), sums
+    fitted = (ours @ before.flatten(2, 3)).real.transpose(1, 2)
+    return fitted.masked_fill(~first[..., None, None], 0.0), sums
 
 
 def _powers(rates: Tensor, exponents: Tensor) -> Tensor:

@@ -101,13 +101,13 @@ def _chunk(
         delta = _clear(delta, ~real)  # decay 1, input 0
 
     a = torch.exp(delta.unsqueeze(-1) * A)  # b q e n
-    if starts is not None:
-        a = _clear(a, starts if real is None else starts & real)
     b = (delta * x).unsqueeze(-1) * _per_channel(B, d_inner)
     hs = []
     # unbind, not indexing: its backward stacks the gradients once.
-    for a_t, b_t in zip(a.unbind(1), b.unbind(1)):
-        h = torch.addcmul(b_t, a_t, h)
+    forgets = [None] * a.shape[1] if starts is None else starts[..., None, None].unbind(1)
+    for a_t, b_t, forget in zip(a.unbind(1), b.unbind(1), forgets):
+        # Filled and not multiplied with zeros: what is forgotten may be infinite.
+        h = torch.addcmul(b_t, a_t, h if forget is None else h.masked_fill(forget, 0.0))
         hs.append(h)
     y = (torch.stack(hs, 1) * _per_channel(C, d_inner)).sum(-1)
     y = 2 * y.real if wide.is_complex else y
