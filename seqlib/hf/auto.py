@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from seqlib.errors import CheckpointMismatch, ConfigError, SeqlibError
-from seqlib.hf import convert, modeling, pair
+from seqlib.hf import convert, heads, modeling, pair
 from seqlib.hf.configuration import SeqlibConfig
 from seqlib.hf.families import FAMILIES, recognise
 from seqlib.hf.families.base import Family, Part
@@ -152,7 +152,7 @@ _FREE = ("use_cache", "max_position_embeddings", "pad_token_id", "bos_token_id",
 def _class_of(values: Mapping[str, Any]) -> Any:
     """The class that a checkpoint of ours was saved as."""
     name = (values.get("architectures") or ["SeqlibForCausalLM"])[0]
-    module = next((m for m in (modeling, pair) if name in m.__all__), None)
+    module = next((m for m in (modeling, heads, pair) if name in m.__all__), None)
     return AutoModel if module is None else getattr(module, name)
 
 

@@ -29,7 +29,7 @@ from seqlib.hf.inputs import after_tokens, padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
 from seqlib.hf.names import CACHE, CACHE_NAMES, given_cache, output, refuse_unknown, returned_cache
 from seqlib.hf.rollback import Span
-from seqlib.layers.init import normal_
+from seqlib.layers.init import fill_, normal_
 from seqlib.layers.linear import Linear, ordinary, weight_is_all
 from seqlib.layers.mlp import MLP
 from seqlib.layers.moe import MoE
@@ -60,6 +60,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": Block}  # noqa: RUF012
     card: Card | None = None
     """What the model card says beside the config; set it before saving or pushing."""
+    _supports_sdpa = True  # asked for by default; rows of seqlib.ops.attention are chosen by its own table
     _is_stateful = False  # our caches take rejected tokens back, so generate() may speculate
 
     @classmethod
@@ -131,6 +132,8 @@ class SeqlibPreTrainedModel(PreTrainedModel):
         """An embedding or a head; transformers also calls it for the rows of a larger embedding."""
         if isinstance(module, (nn.Linear, nn.Embedding, NumberEmbedding)):
             normal_(module.weight, self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            fill_(module.bias, 0.0)
 
 
 class SeqlibModel(SeqlibPreTrainedModel):
