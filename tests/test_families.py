@@ -156,3 +156,20 @@ def test_written_back_every_bit_is_there(case: str, opened, tmp_path) -> None:
         assert torch.equal(weight, before[name]), name
     again = seqlib.from_pretrained(tmp_path, match="transformers")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_tensor_keeps_its_own_dtype(case: str, dtype: torch.dtype, opened, tmp_path) -> None:
+    """Decays in float32 beside weights in 16 bits, in the file and when it is opened without a dtype."""
+    _, folder, _ = opened(case)
+    model = seqlib.from_pretrained(folder, match="transformers", dtype=dtype)
+    seqlib.export(model, PORTS[case][0] if case in PORTS else REDERIVED[case].layout, tmp_path)
+    again = seqlib.from_pretrained(tmp_path, match="transformers")
+    for (name, want), got in zip(model.named_parameters(), again.parameters()):
+        assert got.dtype == want.dtype and torch.equal(got, want), name
+    numbers = {dt: sum(p.numel() for p in model.parameters() if p.dtype == dt) for dt in (dtype, torch.float32)}
+    written = weights(tmp_path).values()
+    for dt, count in numbers.items():
+        assert (count == 0) == all(tensor.dtype != dt for tensor in written), dt
+    assert numbers[dtype] > numbers[torch.float32]

@@ -28,7 +28,7 @@ class WithoutSeqlib(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, WithoutSeqlib())
 warnings.simplefilter("ignore")
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 name, again, told = sys.argv[1:]
 ids, expected, said = torch.load(told)
@@ -44,6 +44,8 @@ for place in (name, again):
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0), said)
     model.save_pretrained(again)
+tagger = AutoModelForTokenClassification.from_pretrained(name, trust_remote_code=True, num_labels=3)
+assert tagger(ids).logits.shape == (*ids.shape, 3)
 judge = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True, num_labels=3)
 assert judge(ids, attention_mask=torch.ones_like(ids)).logits.shape == (1, 3)
 """

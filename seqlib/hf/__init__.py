@@ -1,7 +1,7 @@
 """Seqlib models inside Hugging Face transformers: the only room that imports transformers.
 
-Importing it registers the models with AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-and AutoTokenizer; `import seqlib` does the same as soon as transformers' auto classes are imported.
+Importing it registers the models with AutoConfig, AutoModel, AutoModelForCausalLM and those of the other heads, and
+AutoTokenizer; `import seqlib` does the same as soon as transformers' auto classes are imported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from seqlib.hf.registration import register_models
 if TYPE_CHECKING:
     from seqlib.hf.cache import SeqlibCache
     from seqlib.hf.card import Card
+    from seqlib.hf.heads import SeqlibForMaskedLM, SeqlibForQuestionAnswering, SeqlibForTokenClassification
     from seqlib.hf.modeling import (
         SeqlibForCausalLM,
         SeqlibForSequenceClassification,
@@ -31,8 +32,11 @@ __all__ = [
     "SeqlibCache",
     "SeqlibConfig",
     "SeqlibForCausalLM",
+    "SeqlibForMaskedLM",
     "SeqlibForPairClassification",
+    "SeqlibForQuestionAnswering",
     "SeqlibForSequenceClassification",
+    "SeqlibForTokenClassification",
     "SeqlibModel",
     "SeqlibPreTrainedModel",
     "SeqlibTrainer",
@@ -43,7 +47,10 @@ _MODULES = {
     "Card": "card",
     "SeqlibCache": "cache",
     "SeqlibTrainer": "trainer",
+    "SeqlibForMaskedLM": "heads",
     "SeqlibForPairClassification": "pair",
+    "SeqlibForQuestionAnswering": "heads",
+    "SeqlibForTokenClassification": "heads",
 }
 
 

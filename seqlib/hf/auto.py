@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from seqlib.errors import CheckpointMismatch, ConfigError, SeqlibError
-from seqlib.hf import convert, modeling, pair
+from seqlib.hf import convert, heads, modeling, pair
 from seqlib.hf.configuration import SeqlibConfig
 from seqlib.hf.families import FAMILIES, recognise
 from seqlib.hf.families.base import Family, Part
@@ -91,8 +92,8 @@ def from_pretrained(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted)
     parts = _fit(id_or_dir, family, correspondences, model, files)
-    wide = sorted({_starred(n) for p in parts for n in p.theirs if files.dtype(n) == torch.float32 != wanted})
-    config.origin = {"layout": family.name, "config": values, "match": match, "float32": wide}
+    narrow = sorted({_starred(n) for p in parts for n in p.theirs if files.dtype(n) == wanted})
+    config.origin = {"layout": family.name, "config": values, "match": match, "narrow": narrow}
     places = _places(model, device_map)
     _materialise(model, places)
     convert.read(parts, _tensors(model), files.read)
@@ -108,6 +109,10 @@ def from_pretrained(
 def export(model: nn.Module, layout: str, directory: str | Path, *, max_shard_size: str = "5GB") -> None:
     """Write a language model in a published layout: its config and its weights, bit for bit.
 
+    Every tensor keeps its own dtype: beside weights in 16 bits, decays that are float32 here are float32 there, unless
+    the file that they came from had 16 bits for them and these still hold their values. A dtype that the config names
+    becomes that of the embedding.
+
     Args:
         model: a `SeqlibForCausalLM` that was opened from that layout, or whose shape the layout can express.
         layout: a name from docs/CHECKPOINTS.md.
@@ -121,17 +126,16 @@ def export(model: nn.Module, layout: str, directory: str | Path, *, max_shard_si
     if not isinstance(model, modeling.SeqlibForCausalLM):
         raise CheckpointMismatch(f"export takes a SeqlibForCausalLM, got {type(model).__name__}")
     family, config = FAMILIES[layout], model.config
-    values, wide = _their_config(family, config)
+    values = _their_config(family, config)
+    dtype = model.model.embed_tokens.weight.dtype
+    values |= {name: str(dtype).removeprefix("torch.") for name in ("dtype", "torch_dtype") if name in values}
     parts, ours = list(family.parts(values, config)), _tensors(model)
     if config.tie_word_embeddings and not family.stores_tied_head:
         parts = [part for part in parts if part.ours != (convert.HEAD,)]
     else:
         ours[convert.HEAD] = model.lm_head.weight
-    dtype = model.model.embed_tokens.weight.dtype
-    written = {
-        name: tensor.to("cpu", torch.float32 if _starred(name) in wide else dtype).clone()
-        for name, tensor in convert.write(parts, ours)
-    }
+    written = {name: tensor.to("cpu").clone() for name, tensor in convert.write(parts, ours)}
+    _narrowed(written, (config.origin or {}).get("narrow", []), dtype)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / family.config_file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -152,13 +156,14 @@ _FREE = ("use_cache", "max_position_embeddings", "pad_token_id", "bos_token_id",
 def _class_of(values: Mapping[str, Any]) -> Any:
     """The class that a checkpoint of ours was saved as."""
     name = (values.get("architectures") or ["SeqlibForCausalLM"])[0]
-    module = next((m for m in (modeling, pair) if name in m.__all__), None)
+    module = next((m for m in (modeling, heads, pair) if name in m.__all__), None)
     return AutoModel if module is None else getattr(module, name)
 
 
 def _dtype(dtype: torch.dtype | str | None, values: Mapping[str, Any], files: WeightFiles) -> torch.dtype:
     if dtype in (None, "auto"):
-        dtype = values.get("dtype") or values.get("torch_dtype") or files.dtype(next(iter(files.shapes)))
+        largest = max(files.shapes, key=lambda name: math.prod(files.shapes[name]))
+        dtype = values.get("dtype") or values.get("torch_dtype") or files.dtype(largest)
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"dtype must be a floating-point type of torch, got {dtype!r}")
@@ -185,8 +190,8 @@ def _fit(source: object, family: Family, parts: list[Part], model: Any, files: W
     return convert.fit(source, parts, _tensors(model), shapes, family.ignored)
 
 
-def _their_config(family: Family, config: SeqlibConfig) -> tuple[dict[str, Any], list[str]]:
-    """A config in their terms that means ours, and patterns of their tensors that are float32 in a 16-bit file."""
+def _their_config(family: Family, config: SeqlibConfig) -> dict[str, Any]:
+    """A config in their terms that means ours."""
     origin = config.origin or {}
     values = origin.get("config") if origin.get("layout") == family.name else None
     if values is None:
@@ -201,7 +206,7 @@ def _their_config(family: Family, config: SeqlibConfig) -> tuple[dict[str, Any],
     differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if differ:
         raise CheckpointMismatch(f"layout {family.name!r} cannot express this model's {', '.join(differ)}")
-    return dict(values), origin.get("float32", [])
+    return dict(values)
 
 
 # Fields of mixers that say how weights start.
@@ -223,6 +228,14 @@ def _network(config: SeqlibConfig) -> dict[str, Any]:
             width = {"d_mlp": block.mlp.width(config.d_model), "multiple_of": 1}
             found[f"layer {i}: block mlp"] = block.mlp.to_dict() | width
     return found
+
+
+def _narrowed(written: dict[str, Tensor], kinds: Iterable[str], dtype: torch.dtype) -> None:
+    """Put tensors of these kinds, one per layer, in the dtype of the model where that loses nothing in any layer."""
+    for kind in kinds:
+        members = {name: tensor.to(dtype) for name, tensor in written.items() if _starred(name) == kind}
+        if all(torch.equal(tensor.to(written[name].dtype), written[name]) for name, tensor in members.items()):
+            written.update(members)
 
 
 def _starred(name: str) -> str:

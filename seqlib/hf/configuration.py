@@ -134,6 +134,22 @@ class SeqlibConfig(PretrainedConfig):
         self.layer_types = [types[name] for name in self.layer_pattern]
 
     @property
+    def auto_map(self) -> dict[str, str]:
+        """Where a checkpoint that carries its own code has it; tools read and write this of any class."""
+        return self.__dict__.setdefault("auto_map", {})
+
+    @auto_map.setter
+    def auto_map(self, value: dict[str, str] | None) -> None:
+        self.__dict__["auto_map"] = value or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; an empty `auto_map` is left out."""
+        values = super().to_dict()
+        if not values.get("auto_map"):
+            values.pop("auto_map", None)
+        return values
+
+    @property
     def backbone(self) -> BackboneConfig:
         """The part that `seqlib.models.Backbone` is built from."""
         return BackboneConfig.from_dict({f.name: getattr(self, f.name) for f in dataclasses.fields(BackboneConfig)})

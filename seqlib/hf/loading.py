@@ -96,11 +96,14 @@ def _integers(name: str, value: Any) -> dict[str, Any]:
     return {name: value} if counts and not isinstance(value, bool) else {}
 
 
+_HEADS = ("lm_head", "score", "qa_outputs")
+
+
 def refuse_misfit(source: Any, model: Any, info: dict[str, Any]) -> None:
     """Raise unless everything but a head is there and has its shape."""
 
     def of_backbone(names: Iterable[str]) -> list[str]:
-        return sorted(name for name in names if name.split(".")[0] not in ("lm_head", "score"))
+        return sorted(name for name in names if name.split(".")[0] not in _HEADS)
 
     problems = {
         "missing": of_backbone(info["missing_keys"]),

@@ -41,7 +41,7 @@ from seqlib.hf.names import (
 )
 from seqlib.hf.rollback import Span
 from seqlib.layers.binding import fusable, has_hooks
-from seqlib.layers.init import normal_
+from seqlib.layers.init import fill_, normal_
 from seqlib.layers.linear import Linear, ordinary
 from seqlib.layers.mlp import MLP
 from seqlib.layers.moe import MoE
@@ -73,6 +73,7 @@ class SeqlibPreTrainedModel(PreTrainedModel):
     """What the model card says beside the config; set it before saving or pushing."""
     arguments_in_kwargs: ClassVar[tuple[str, ...]] = ()
     """What `forward` reads from `**kwargs`: Trainer takes every argument named `*label*` for a column of its data."""
+    _supports_sdpa = True  # asked for by default; rows of seqlib.ops.attention are chosen by its own table
     _is_stateful = False  # our caches take rejected tokens back, so generate() may speculate
 
     def __init__(self, config: SeqlibConfig, **unknown: Any) -> None:
@@ -154,6 +155,8 @@ class SeqlibPreTrainedModel(PreTrainedModel):
         """An embedding or a head; transformers also calls it for the rows of a larger embedding."""
         if isinstance(module, (nn.Linear, nn.Embedding, NumberEmbedding)):
             normal_(module.weight, self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            fill_(module.bias, 0.0)
 
 
 class SeqlibModel(SeqlibPreTrainedModel):

@@ -21,18 +21,24 @@ def register_models() -> None:
     from transformers import (
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForMaskedLM,
         AutoModelForNextSentencePrediction,
+        AutoModelForQuestionAnswering,
         AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
         AutoTokenizer,
     )
 
-    from seqlib.hf import modeling
+    from seqlib.hf import heads, modeling
     from seqlib.hf.pair import SeqlibForPairClassification
     from seqlib.hf.tokenizer import ByteTokenizer
 
     AutoModel.register(SeqlibConfig, modeling.SeqlibModel, exist_ok=True)
     AutoModelForCausalLM.register(SeqlibConfig, modeling.SeqlibForCausalLM, exist_ok=True)
     AutoModelForSequenceClassification.register(SeqlibConfig, modeling.SeqlibForSequenceClassification, exist_ok=True)
+    AutoModelForTokenClassification.register(SeqlibConfig, heads.SeqlibForTokenClassification, exist_ok=True)
+    AutoModelForQuestionAnswering.register(SeqlibConfig, heads.SeqlibForQuestionAnswering, exist_ok=True)
+    AutoModelForMaskedLM.register(SeqlibConfig, heads.SeqlibForMaskedLM, exist_ok=True)
     AutoModelForNextSentencePrediction.register(SeqlibConfig, SeqlibForPairClassification, exist_ok=True)
     AutoTokenizer.register(SeqlibConfig, fast_tokenizer_class=ByteTokenizer, exist_ok=True)
 

@@ -20,6 +20,9 @@ _CLASSES = {
     "AutoModel": ("seqlib.hf.modeling", "SeqlibModel"),
     "AutoModelForCausalLM": ("seqlib.hf.modeling", "SeqlibForCausalLM"),
     "AutoModelForSequenceClassification": ("seqlib.hf.modeling", "SeqlibForSequenceClassification"),
+    "AutoModelForTokenClassification": ("seqlib.hf.heads", "SeqlibForTokenClassification"),
+    "AutoModelForQuestionAnswering": ("seqlib.hf.heads", "SeqlibForQuestionAnswering"),
+    "AutoModelForMaskedLM": ("seqlib.hf.heads", "SeqlibForMaskedLM"),
     "AutoModelForNextSentencePrediction": ("seqlib.hf.pair", "SeqlibForPairClassification"),
 }
 _ENTRY = "modeling_seqlib"

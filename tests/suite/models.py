@@ -14,6 +14,8 @@ from seqlib.hf import SeqlibCache
 modeling_auto.MODEL_MAPPING_NAMES["seqlib"] = "SeqlibModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["seqlib"] = "SeqlibForCausalLM"
 modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["seqlib"] = "SeqlibForSequenceClassification"
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["seqlib"] = "SeqlibForTokenClassification"
+modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["seqlib"] = "SeqlibForQuestionAnswering"
 modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES["seqlib"] = "SeqlibForPairClassification"
 
 from ...generation.test_utils import GenerationTesterMixin  # noqa: E402
@@ -72,6 +74,8 @@ class _Suite(ModelTesterMixin, GenerationTesterMixin):
         seqlib.hf.SeqlibModel,
         seqlib.hf.SeqlibForCausalLM,
         seqlib.hf.SeqlibForSequenceClassification,
+        seqlib.hf.SeqlibForTokenClassification,
+        seqlib.hf.SeqlibForQuestionAnswering,
     )
 
     def setUp(self) -> None:
