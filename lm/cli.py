@@ -1,8 +1,9 @@
-"""The command line: seqlib-lm train | evaluate | generate | demo."""
+"""The command line: seqlib-lm train | recipes | evaluate | generate | sweep | bench | demo."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from seqlib.errors import ConfigError, SeqlibError
+from seqlib.errors import ConfigError
+from seqlib.hf.console import interruptible, run
+from seqlib.hf.runs import for_folder, for_writing, is_run, override
 
-from .corpus import SPLITS, Corpus
+from .recipes import RECIPES, Recipe
+from .runs import DataSpec, check_new
+from .show import evaluation_table, plain_console, recipe_lines, tell_corpus, tell_run
 
 __all__ = ["main"]
 
@@ -30,13 +34,8 @@ Sources = Annotated[
 ]
 
 
-def _for_writing(path: Path | None) -> Path | None:
-    from seqlib.hf.runs import for_writing
-
-    return for_writing(path)
-
-
-JsonFile = Annotated[Path | None, typer.Option("--json", callback=_for_writing, help="Write the figures here.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", callback=for_writing, help="Write the figures here.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")]
 Suffix = Annotated[list[str] | None, typer.Option(help="Take only files of folders that end so, such as .py.")]
 Column = Annotated[str | None, typer.Option(help="Text column of data sets.")]
 
@@ -44,37 +43,79 @@ Column = Annotated[str | None, typer.Option(help="Text column of data sets.")]
 @app.command()
 def train(
     sources: Sources = None,
-    recipe: Annotated[str | None, typer.Option(help="Name of a recipe; default: demo.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
+    recipe: Annotated[str | None, typer.Option(help="Name, see `seqlib-lm recipes`; default: demo.")] = None,
+    settings: Settings = None,
+    output: Annotated[Path | None, typer.Option(callback=for_folder, help="Run folder to create.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Train further: a finished run, or a folder or hub name of a model.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Run folder to create.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to continue; nothing else is given then.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write curves for TensorBoard too.")] = False,
     suffix: Suffix = None,
     column: Column = None,
 ) -> None:
     """Train a model into a run folder, or continue a run that was interrupted."""
-    from seqlib.hf.runs import override
-
     from . import train as training
-    from .recipes import RECIPES
 
-    console = _console()
+    console = plain_console()
     if resume is not None:
-        if sources or recipe or settings or output or suffix or column:
+        if sources or recipe or settings or output or suffix or column or start or tensorboard:
             raise ConfigError("--resume takes text and recipe from the run folder; leave out everything else")
-        run = training.resume(resume, console=console)
+        with interruptible(f"continue with: {_resuming(resume)}"):
+            run = training.resume(resume, console=console)
     else:
-        if (recipe or "demo") not in RECIPES:
-            raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
         if output is None:
             raise ConfigError("say where the run goes with --output FOLDER")
-        chosen = override(RECIPES[recipe or "demo"](), settings or [])
-        data = training.DataSpec.of(sources or (), suffix or (), column)
+        data, chosen = _data(sources, suffix, column), _recipe(recipe or "demo", settings)
+        if start is not None:
+            start = str(Path(start).absolute()) if Path(start).exists() else start
+            _refuse_sizes(settings)
+            chosen = training.started_from(chosen, start)
+        check_new(output)
         corpus = data.read(chosen)
         tell_corpus(console, corpus)
-        run = training.train(chosen, data, output, console=console, corpus=corpus)
-    console.print(f"model: {run.model}\nmetrics: {run.metrics}\nplot: {run.folder / 'loss.png'}")
+
+        def go_on() -> str:
+            begun = is_run(output)
+            return f"continue with: {_resuming(output)}" if begun else "nothing was kept; give the same command again"
+
+        with interruptible(go_on):
+            run = training.train(
+                chosen, data, output, console=console, corpus=corpus, start=start, tensorboard=tensorboard
+            )
+    tell_run(console, run)
+
+
+def _resuming(folder: Path) -> str:
+    return f"seqlib-lm train --resume {shlex.quote(str(folder))}"
+
+
+def _data(sources: list[str] | None, suffix: list[str] | None, column: str | None) -> DataSpec:
+    if not sources and (suffix or column):
+        raise ConfigError("--suffix and --column choose from text that is named; name it, or leave them out")
+    return DataSpec.of(sources or (), suffix or (), column)
+
+
+def _recipe(name: str, settings: list[str] | None) -> Recipe:
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    return override(RECIPES[name](), settings or [])
+
+
+def _refuse_sizes(settings: list[str] | None) -> None:
+    from .train import FROM_START
+
+    useless = {setting.partition("=")[0].split(".")[0].strip() for setting in settings or []} & {*FROM_START}
+    if useless:
+        raise ConfigError(f"--from brings its own {', '.join(sorted(useless))}; leave out --set of it")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show every field of this one.")] = None,
+) -> None:
+    """List the recipes, or the fields of one, which --set changes."""
+    print("\n".join(recipe_lines(name)))
 
 
 @app.command()
@@ -84,34 +125,35 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="train, validation or test; default: test of the run's own text.")
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Tokens per forward; bounds memory, changes nothing else.")] = 2048,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward; bounds memory, changes nothing else.")] = 2048,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Stop after the document that reaches it.")] = None,
     output: JsonFile = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split, where --split is given with sources.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=(1 << 32) - 1, help="Of the split of sources; default: 0.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name, if not with the model.")] = None,
     suffix: Suffix = None,
     column: Column = None,
 ) -> None:
     """Bits per byte and perplexity, the state carried through whole documents.
 
-    Every byte counts; the first of a document is predicted from the token that stands before each document.
+    Every byte counts; the first of a document is predicted from the token that stands before each document. Documents
+    that a run was trained on are left out of other text, unless --split train asks for them.
     """
-    from .corpus import read_corpus, read_documents
     from .data import tokenize
     from .evaluate import evaluate as score
     from .generate import load_model
-    from .train import open_run
+    from .scoring import Following, documents_of
 
-    if sources and split:
-        documents = list(read_corpus(sources, seed=seed, suffixes=suffix or (), column=column).split(split))
-    elif sources:
-        documents = read_documents(sources, suffixes=suffix or (), column=column)
-    elif not (Path(model) / "recipe.json").is_file():
-        raise ConfigError(f"{model} is no run folder that knows its test text; say which text to evaluate on")
-    else:
-        documents = list(open_run(Path(model)).corpus().split(split or "test"))
-    loaded, tokenizer = load_model(model)
-    found = score(loaded, tokenize(documents, tokenizer), chunk=chunk, max_bytes=max_bytes)
-    _console().print(evaluation_table(found))
+    if seed is not None and not (sources and split):
+        raise ConfigError("--seed decides how sources are split for --split; leave it out, or give both")
+    console = plain_console()
+    documents = documents_of(model, _data(sources, suffix, column), split, seed or 0, console)
+    loaded, words = load_model(model, tokenizer)
+    tokens = tokenize(documents, words)
+    with interruptible("nothing was kept; --max-bytes scores a part"), Following(tokens, max_bytes) as following:
+        found = score(loaded, tokens, chunk=chunk, max_bytes=max_bytes, progress=following)
+    console.print(evaluation_table(found))
     if output is not None:
         output.write_text(json.dumps({"model": model, "chunk": chunk} | found.to_dict(), indent=2) + "\n")
 
@@ -124,7 +166,9 @@ def generate(
     lines: Annotated[
         Path | None, typer.Option(help='JSON lines with a "prompt" or "messages" each; answers come as JSON lines.')
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Lines continued together.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=1 << 16, help="Lines continued together; default: 8.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 1.0,
@@ -134,13 +178,16 @@ def generate(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or hub name, if not with the model.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=(1 << 32) - 1, help="Makes sampling repeatable.")] = None,
 ) -> None:
     """Continue a prompt, streaming to the terminal, or many prompts of a file."""
     from . import generate as generation
+    from .settings import parse_settings
 
     if lines is not None and (prompt is not None or prompt_file is not None):
         raise ConfigError("give either --lines or a prompt, not both")
+    if batch_size is not None and lines is None:
+        raise ConfigError("--batch-size is for --lines; leave it out")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -148,7 +195,7 @@ def generate(
         "top_k": top_k,
         "seed": seed,
         "raw": raw,
-        "settings": generation.parse_settings(settings or []),
+        "settings": parse_settings(settings or []),
     }
     given = generation.read_prompt(prompt, prompt_file) if lines is None else None
     loaded, words = generation.load_model(model, tokenizer)
@@ -159,10 +206,20 @@ def generate(
     assert lines is not None
     begun, count = time.perf_counter(), 0
     with _readable(lines) as file:
-        for row in generation.generate_lines(loaded, words, file, batch_size=batch_size, **options):
-            print(json.dumps(row, ensure_ascii=False), flush=True)
+        for row in generation.generate_lines(loaded, words, file, batch_size=batch_size or 8, **options):
+            print(_json_line(row), flush=True)
             count += row["new_tokens"]
     _tell_speed(count, time.perf_counter() - begun)
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    """As readable as it can be written: halves of characters, which fields may hold, only as escapes."""
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return line
 
 
 def _tell_speed(new_tokens: int, seconds: float) -> None:
@@ -171,7 +228,7 @@ def _tell_speed(new_tokens: int, seconds: float) -> None:
 
 def _readable(path: Path) -> TextIO:
     try:
-        return path.open(encoding="utf-8")
+        return path.open(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -209,30 +266,21 @@ def sweep(
         list[str] | None, typer.Option("--mixer", help="A kind, or a JSON config with a kind; none: all kinds.")
     ] = None,
     recipe: Annotated[str, typer.Option(help="What every mixer is trained with.")] = "mixer_sweep",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
-    ] = None,
-    output: Annotated[Path, typer.Option(help="Folder of runs; finished ones in it are kept.")] = Path("runs/sweep"),
+    settings: Settings = None,
+    output: Annotated[
+        Path, typer.Option(callback=for_folder, help="Folder of runs; finished ones in it are kept.")
+    ] = Path("runs/sweep"),
     max_bytes: Annotated[int, typer.Option(min=1, help="Test bytes to score, in whole documents.")] = 300_000,
     json_file: JsonFile = None,
     suffix: Suffix = None,
     column: Column = None,
 ) -> None:
     """Train every mixer on the same text with as many parameters and steps, and rank them by bits per byte."""
-    from seqlib.hf.runs import override
-
-    from .recipes import RECIPES
     from .sweep import run_sweep, sweep_table
-    from .train import DataSpec
 
-    if recipe not in RECIPES:
-        raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
-    chosen, data, console = (
-        override(RECIPES[recipe](), settings or []),
-        DataSpec.of(sources or (), suffix or (), column),
-        _console(),
-    )
-    made = run_sweep(output, chosen, mixers=mixers, data=data, max_bytes=max_bytes, console=console)
+    chosen, data, console = _recipe(recipe, settings), _data(sources, suffix, column), plain_console()
+    with interruptible("finished runs are kept; give the same command again to go on"):
+        made = run_sweep(output, chosen, mixers=mixers, data=data, max_bytes=max_bytes, console=console)
     console.print("", sweep_table(made))
     if json_file is not None:
         json_file.write_text(json.dumps(made, indent=1) + "\n")
@@ -240,55 +288,22 @@ def sweep(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Run folder; an earlier demo in it is replaced.")] = Path("runs/demo"),
+    output: Annotated[
+        Path, typer.Option(callback=for_folder, help="Run folder; an earlier demo in it is replaced, nothing else.")
+    ] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="Time for everything; training gets what the rest leaves.")] = 5.0,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, changes a field of the recipe.")
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Train on Python's own sources, compare with an n-gram model, save, load, generate."""
     from .demo import run_demo
 
-    run_demo(output, minutes=minutes, settings=settings or [], console=_console())
-
-
-def _console() -> Console:
-    """No markup, because names of files are printed; no wrapping, because lines may be read by programs."""
-    return Console(markup=False, highlight=False, soft_wrap=True)
-
-
-def tell_corpus(console: Console, corpus: Corpus) -> None:
-    """How much text there is, and what was passed over."""
-    parts = [f"{split} {len(corpus.split(split)):,} documents, {corpus.nbytes(split):,} bytes" for split in SPLITS]
-    console.print("text: " + "; ".join(parts))
-    if corpus.skipped:
-        shown = "; ".join(f"{name}: {reason}" for name, reason in corpus.skipped[:3])
-        console.print(f"skipped {len(corpus.skipped)} files ({shown}{'; ...' if len(corpus.skipped) > 3 else ''})")
-
-
-def evaluation_table(found: Any) -> Table:
-    """Bits per byte and perplexity, then bits per token by position."""
-    table = Table("position in document", "tokens", "bits per token", title=None)
-    for bucket in found.buckets:
-        table.add_row(f"{bucket.begin:,} - {bucket.end - 1:,}", f"{bucket.tokens:,}", f"{bucket.bits_per_token:.4f}")
-    table.caption = (
-        f"{found.documents:,} documents, {found.bytes:,} bytes\n"
-        f"{found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.4f} per token"
-    )
-    return table
+    with interruptible("give the same command again to begin anew"):
+        run_demo(output, minutes=minutes, settings=settings or [], console=plain_console())
 
 
 def main() -> None:
     """Run the command line; an error of the library is one line, not a traceback."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        app()
-    except (SeqlibError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    run(app)
 
 
 if __name__ == "__main__":

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from seqlib.errors import CorpusError
+from seqlib.errors import ConfigError, CorpusError
+from seqlib.hf.runs import is_run
+
+from .documents import SPLITS, Document, Skipped
+from .tables import data_set, is_saved, is_table, read_table
 
 __all__ = ["SPLITS", "Corpus", "Document", "read_corpus", "read_documents", "stdlib_corpus"]
 
-SPLITS = ("train", "validation", "test")
 UNDECODABLE = 0.1  # share of bytes that are not UTF-8 above which a file counts as binary; Latin-1 prose stays below
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text. Its bytes are read when asked for, so a corpus larger than memory is a list of small objects."""
-
-    name: str
-    digest: str
-    nbytes: int
-    load: Callable[[], bytes] = field(repr=False, compare=False)
-
-    @classmethod
-    def of(cls, name: str, data: bytes, load: Callable[[], bytes] | None = None) -> Document:
-        return cls(name, hashlib.sha256(data).hexdigest(), len(data), load or (lambda: data))
-
-    def read(self) -> bytes:
-        """The bytes; an error if they are not those that were seen first."""
-        data = self.load()
-        if len(data) != self.nbytes or hashlib.sha256(data).hexdigest() != self.digest:
-            raise CorpusError(f"{self.name} changed while it was being used; start again")
-        return data
 
 
 @dataclass(frozen=True)
@@ -74,13 +58,15 @@ def read_corpus(
     """Read text and split it by document.
 
     Args:
-        sources: any mix of text files, folders (searched recursively; hidden files and binary files are passed over)
-            and data set names ("org/name" or "org/name:config", or a folder written by `save_to_disk`). Splits that a
-            data set brings along are kept; everything else is split here.
+        sources: any mix of text files (.gz unpacked; .jsonl and .parquet hold a document per row), folders (searched
+            recursively; hidden files, binary files and runs are passed over) and data set names ("org/name" or
+            "org/name:config", or a folder written by `save_to_disk`). Splits that a data set brings along are kept;
+            everything else is split here. No text stands in two splits.
         seed: decides, with its name and content, which split a document falls into.
         held_out: share of the bytes for validation, and the same again for test, 0 < held_out < 0.5.
         suffixes: take only files of folders whose names end so (".py"); empty takes every text file.
-        column: the column of data sets that holds the text; None takes "text" or the only column of strings.
+        column: the column of data sets, .jsonl and .parquet that holds the text; None takes "text" or the only
+            column of strings.
 
     Raises:
         CorpusError: a source does not exist, nothing readable is left, or there is too little of it.
@@ -88,16 +74,16 @@ def read_corpus(
     if not 0 < held_out < 0.5:
         raise CorpusError(f"held_out must lie between 0 and 0.5, got {held_out}")
     loose, given, skipped = _gather(sources, suffixes, column)
-    parts = _split(_distinct(loose, skipped), seed, held_out, given)
-    return _corpus(parts, skipped)
+    loose, given = _apart(_distinct(loose, skipped), given, skipped)
+    return _corpus(_split(loose, seed, held_out, given), skipped)
 
 
 def read_documents(
     sources: Sequence[str | Path], *, suffixes: Sequence[str] = (), column: str | None = None
-) -> list[Document]:
-    """Every document of `sources`, as `read_corpus` finds them, without splitting."""
-    loose, given, _ = _gather(sources, suffixes, column)
-    return loose + [document for documents in given.values() for document in documents]
+) -> tuple[list[Document], tuple[tuple[str, str], ...]]:
+    """Every document of `sources`, as `read_corpus` finds them, without splitting; and what was passed over."""
+    loose, given, skipped = _gather(sources, suffixes, column)
+    return loose + [document for documents in given.values() for document in documents], tuple(skipped)
 
 
 def stdlib_corpus(*, seed: int = 0, train_bytes: int = 4_000_000, held_out_bytes: int = 200_000) -> Corpus:
@@ -114,9 +100,9 @@ def stdlib_corpus(*, seed: int = 0, train_bytes: int = 4_000_000, held_out_bytes
         "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data",
     }  # fmt: skip
     documents: list[Document] = []
-    skipped: list[tuple[str, str]] = []
-    for file in _files(root, [".py"], left_out):
-        _take_file(file, file.relative_to(root).as_posix(), documents, skipped)
+    skipped: Skipped = []
+    for file in _files(root, [".py"], [], left_out):
+        _take_file(file, file.relative_to(root).as_posix(), None, documents, skipped)
     parts: dict[str, list[Document]] = {split: [] for split in SPLITS}
     room = {"test": held_out_bytes, "validation": held_out_bytes, "train": train_bytes}
     for document in _shuffled(_distinct(documents, skipped), seed):
@@ -132,33 +118,50 @@ def stdlib_corpus(*, seed: int = 0, train_bytes: int = 4_000_000, held_out_bytes
     return _corpus(parts, skipped)
 
 
-def _corpus(parts: dict[str, list[Document]], skipped: list[tuple[str, str]]) -> Corpus:
+def _corpus(parts: dict[str, list[Document]], skipped: Skipped) -> Corpus:
     return Corpus(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), tuple(skipped))
 
 
 def _gather(
     sources: Sequence[str | Path], suffixes: Sequence[str], column: str | None
-) -> tuple[list[Document], dict[str, list[Document]], list[tuple[str, str]]]:
+) -> tuple[list[Document], dict[str, list[Document]], Skipped]:
     """Documents without a split, documents that came with one, and what was passed over."""
     given: dict[str, list[Document]] = {split: [] for split in SPLITS}
     loose: list[Document] = []
-    skipped: list[tuple[str, str]] = []
+    skipped: Skipped = []
+    tables = False
     for source in map(str, sources):
         path = Path(source)
-        if path.is_file():
-            _take_file(path, path.name, loose, skipped)
-        elif path.is_dir() and not _is_saved_dataset(path):
-            for file in _files(path, suffixes):
-                _take_file(file, file.relative_to(path).as_posix(), loose, skipped)
+        if _is_kind(path, Path.is_file):
+            tables = tables or is_table(path)
+            _take_file(path, path.name, column, loose, skipped)
+        elif _is_kind(path, Path.is_dir) and not is_saved(path):
+            if is_run(path):
+                raise CorpusError(f"{path} is a run of this program, not text; name the folder of the text")
+            for file in _files(path, suffixes, skipped):
+                tables = tables or is_table(file)
+                _take_found(file, file.relative_to(path).as_posix(), column, loose, skipped)
         else:
-            for split, documents in _dataset(source, column, skipped).items():
-                given.get(split, loose).extend(documents)
+            tables = True
+            without, splits = data_set(source, column, skipped)
+            loose.extend(without)
+            for split, documents in splits.items():
+                given[split].extend(documents)
     if not loose and not any(given.values()):
         raise CorpusError(_nothing_left(sources, skipped))
+    if column is not None and not tables:
+        raise ConfigError("--column is for data sets, .jsonl and .parquet, and there are none; leave it out")
     return loose, given, skipped
 
 
-def _distinct(documents: list[Document], skipped: list[tuple[str, str]]) -> list[Document]:
+def _is_kind(path: Path, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(path)
+    except (OSError, ValueError) as error:  # a name that is too long or that no file can have
+        raise CorpusError(f"{str(path)[:80]!r} cannot be a file or folder ({error})") from error
+
+
+def _distinct(documents: list[Document], skipped: Skipped) -> list[Document]:
     """The first of each group of equal documents, so that none is trained on and tested with."""
     first: dict[str, Document] = {}
     for document in documents:
@@ -166,6 +169,23 @@ def _distinct(documents: list[Document], skipped: list[tuple[str, str]]) -> list
         if kept is not document:
             skipped.append((document.name, f"same bytes as {kept.name}"))
     return list(first.values())
+
+
+def _apart(
+    loose: list[Document], given: dict[str, list[Document]], skipped: Skipped
+) -> tuple[list[Document], dict[str, list[Document]]]:
+    """Without documents that a split which is held out more strictly has too: test, then validation, then the rest."""
+    seen: dict[str, str] = {}
+    kept: dict[str, list[Document]] = {}
+    for split in ("test", "validation", "train", ""):
+        kept[split] = []
+        for document in given[split] if split else loose:
+            if document.digest in seen:
+                skipped.append((document.name, f"same bytes as {seen[document.digest]}"))
+            else:
+                kept[split].append(document)
+        seen |= {document.digest: document.name for document in kept[split]}
+    return kept.pop(""), kept
 
 
 def why_not_text(data: bytes) -> str | None:
@@ -180,72 +200,77 @@ def why_not_text(data: bytes) -> str | None:
     return None
 
 
-def _files(root: Path, suffixes: Sequence[str], left_out: Set[str] = frozenset()) -> Iterator[Path]:
-    """The files below `root` in a fixed order, without hidden ones and without folders of the names `left_out`."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in {"__pycache__"} | left_out)
+def _files(root: Path, suffixes: Sequence[str], skipped: Skipped, left_out: Set[str] = frozenset()) -> Iterator[Path]:
+    """The files below `root` in a fixed order.
+
+    Passed over without a word are hidden ones and folders of the names `left_out`; with a word links to folders, which
+    may lead in circles, folders that cannot be read, and folders of runs.
+    """
+
+    def told(path: Path, reason: str) -> None:
+        skipped.append((path.relative_to(root).as_posix(), reason))
+
+    def unreadable(error: OSError) -> None:
+        told(Path(error.filename), f"{error.strerror or 'unreadable'} (a folder)")
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        inner = sorted(f for f in folders if not f.startswith(".") and f not in {"__pycache__"} | left_out)
+        folders.clear()
+        for path in (Path(folder, name) for name in inner):
+            if path.is_symlink():
+                told(path, "a link to a folder; give the folder itself as a source")
+            elif is_run(path):
+                told(path, "a run of this program")
+            else:
+                folders.append(path.name)
         for name in sorted(names):
             if not name.startswith(".") and (not suffixes or name.endswith(tuple(suffixes))):
                 yield Path(folder, name)
 
 
-def _take_file(path: Path, name: str, into: list[Document], skipped: list[tuple[str, str]]) -> None:
+def _take_found(path: Path, name: str, column: str | None, into: list[Document], skipped: Skipped) -> None:
+    """As `_take_file`, but a table in a folder whose text is not found is passed over with a word."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        skipped.append((name, error.strerror or "unreadable"))
+        _take_file(path, name, column, into, skipped)
+    except (ConfigError, CorpusError) as error:
+        if not is_table(path):
+            raise
+        skipped.append((name, str(error).removeprefix(f"{name}: ")))
+
+
+def _take_file(path: Path, name: str, column: str | None, into: list[Document], skipped: Skipped) -> None:
+    try:
+        if path.exists() and not path.is_file():
+            skipped.append((name, "no regular file"))  # reading a pipe would wait for ever
+            return
+        if is_table(path):
+            into.extend(read_table(path, name, column, skipped))
+            return
+        load = partial(gzip_bytes, path) if path.suffix.lower() == ".gz" else path.read_bytes
+        data = load()
+    except (OSError, EOFError, zlib.error) as error:
+        skipped.append((name, getattr(error, "strerror", None) or str(error) or "unreadable"))
         return
     reason = why_not_text(data)
     if reason is None:
-        into.append(Document.of(name, data, path.read_bytes))
+        into.append(Document.of(name, data, load))
     else:
         skipped.append((name, reason))
 
 
-def _is_saved_dataset(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
-
-
-def _dataset(source: str, column: str | None, skipped: list[tuple[str, str]]) -> dict[str, list[Document]]:
-    """Documents of every split of a data set, by the split's name."""
-    import datasets
-
-    if Path(source).is_dir():
-        loaded = datasets.load_from_disk(source)
-    else:
-        name, _, config = source.partition(":")
-        if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            raise CorpusError(f"{source!r} does not exist; give a text file, a folder or the name of a data set")
-        try:
-            loaded = datasets.load_dataset(name, config or None)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CorpusError(
-                f"{source!r} is no file and no folder here, and no data set of that name could be loaded: {reason}"
-            ) from error
-    splits = loaded if isinstance(loaded, dict) else {"all": loaded}
-    return {split: list(_rows(f"{source}/{split}", table, column, skipped)) for split, table in splits.items()}
-
-
-def _rows(name: str, table: Any, column: str | None, skipped: list[tuple[str, str]]) -> Iterator[Document]:
-    strings = [c for c, kind in table.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    column = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
-    if column not in strings:
-        raise CorpusError(f"{name}: name the text column with --column, one of: {', '.join(strings) or '(no strings)'}")
-
-    def load(row: int) -> Callable[[], bytes]:
-        return lambda: table[row][column].encode()  # noqa: PLW0108 - a row is read when it is wanted, not now
-
-    for row, text in enumerate(table[column]):
-        if text:
-            yield Document.of(f"{name}/{row}", text.encode(), load(row))
-        else:
-            skipped.append((f"{name}/{row}", "empty"))
+def gzip_bytes(path: Path) -> bytes:
+    """What a .gz file holds."""
+    return gzip.decompress(path.read_bytes())
 
 
 def _shuffled(documents: Iterable[Document], seed: int) -> list[Document]:
     """An order that depends on seed, names and contents only, so that it is the same on every machine."""
-    return sorted(documents, key=lambda d: hashlib.sha256(f"{seed} {d.name} {d.digest}".encode()).digest())
+
+    def key(document: Document) -> bytes:
+        named = f"{seed} {document.name} {document.digest}"
+        return hashlib.sha256(named.encode("utf-8", "surrogateescape")).digest()  # names are bytes that may be no UTF-8
+
+    return sorted(documents, key=key)
 
 
 def _split(
@@ -285,12 +310,12 @@ def _cut(document: Document, at: int) -> tuple[Document, Document]:
         at -= 1
     head, tail = data[:at], data[at:]
     return (
-        Document.of(f"{document.name}[:{at}]", head, lambda: document.read()[:at]),
-        Document.of(f"{document.name}[{at}:]", tail, lambda: document.read()[at:]),
+        Document.of(f"{document.name}[:{at}]", head, lambda: document.read()[:at], document.origin),
+        Document.of(f"{document.name}[{at}:]", tail, lambda: document.read()[at:], document.origin),
     )
 
 
-def _nothing_left(sources: Sequence[str | Path], skipped: list[tuple[str, str]]) -> str:
+def _nothing_left(sources: Sequence[str | Path], skipped: Skipped) -> str:
     where = ", ".join(map(str, sources)) or "(nothing)"
     if not skipped:
         return f"found no text in {where}; give text files or folders that hold some"

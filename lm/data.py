@@ -117,12 +117,14 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     from seqlib.hf import ByteTokenizer
+    from seqlib.hf.hub import check_name
 
     if name == "bytes":
         return ByteTokenizer()
+    check_name(name, "tokenizer", "use 'bytes', a folder or a hub name")
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"tokenizer {name!r} cannot be loaded ({reason}); use 'bytes', a folder or a hub name"
@@ -169,7 +171,8 @@ def tokenize(documents: Sequence[Document], tokenizer: Any, cache_dir: Path | No
     folder = cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "seqlib"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"tokens-{_cache_key(documents, tokenizer)}.arrow"
-    if not path.exists():
+    found = _opened(path, documents)
+    if found is None:
         kind = "uint16" if len(tokenizer) <= 1 << 16 else "int32"
         features = datasets.Features(
             {"input_ids": datasets.Sequence(datasets.Value(kind)), "nbytes": datasets.Value("int64")}
@@ -182,7 +185,24 @@ def tokenize(documents: Sequence[Document], tokenizer: Any, cache_dir: Path | No
                     writer.write({"input_ids": ids, "nbytes": document.nbytes})
                 writer.finalize()
             os.replace(part, path)
-    return Tokens(datasets.Dataset.from_file(str(path)))
+        found = _opened(path, documents)
+        if found is None:
+            raise CorpusError(f"the tokens of the text cannot be read back from {path}; look whether the disk is whole")
+    return found
+
+
+def _opened(path: Path, documents: Sequence[Document]) -> Tokens | None:
+    """The cached tokens; None if there are none, or the file is damaged or cut, also between two documents."""
+    import datasets
+
+    if not path.is_file():
+        return None
+    try:
+        tokens = Tokens(datasets.Dataset.from_file(str(path)))
+    except (OSError, ValueError, LookupError):  # pyarrow's errors among them
+        return None
+    sizes = [document.nbytes for document in documents]
+    return tokens if tokens.nbytes.tolist() == sizes else None
 
 
 def _cache_key(documents: Sequence[Document], tokenizer: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
+import math
 import shutil
 import sys
 import time
@@ -18,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seqlib import native
 from seqlib.errors import ConfigError
-from seqlib.hf.runs import override, write_aside
+from seqlib.hf.keep import locked
+from seqlib.hf.runs import is_run, override, write_aside
 
 from .clock import Clock
 from .corpus import SPLITS, Corpus, Document
@@ -27,10 +30,12 @@ from .evaluate import evaluate
 from .generate import generate
 from .ngram import NGram
 from .recipes import Recipe, demo
-from .train import DataSpec, train
+from .runs import DataSpec, check_new, open_run
+from .train import train
 
 __all__ = ["run_demo"]
 
+_NAME = "seqlib-lm demo"
 _ORDERS = (2, 4, 6)
 _RIVAL = 4  # the order of the n-gram model that ours has to beat
 _MARGIN = 0.03  # bits per byte on validation files; test files may be a little harder
@@ -51,10 +56,9 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
     Raises:
         ConfigError: `output` holds something that is no run, or a setting is wrong.
     """
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise ConfigError(f"minutes must be positive, got {minutes}")
-    if output.exists() and any(output.iterdir()) and not (output / "recipe.json").is_file():
-        raise ConfigError(f"{output} holds something that is no run; give another --output")
+    _check_output(output)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -64,7 +68,7 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
         yield
         seconds[title] = time.perf_counter() - begun
 
-    recipe = override(demo(), settings)
+    recipe = dataclasses.replace(override(demo(), settings), name=_NAME)
     data = DataSpec()
     with section("Kernels, before the clock starts"):
         missing = native.why_unavailable("cpu")
@@ -88,7 +92,9 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
     callbacks = [_clock(total, used, recipe, referee, console)] if timed else []
     with section("Training"):
         if output.exists():
-            shutil.rmtree(output)
+            _check_output(output)
+            with locked(output):  # nobody else trains there now
+                shutil.rmtree(output)
         run = train(recipe, data, output, console=console, corpus=corpus, callbacks=callbacks)
     steps = callbacks[0].steps if callbacks else recipe.steps
 
@@ -133,6 +139,14 @@ def run_demo(output: Path, *, minutes: float, settings: Sequence[str], console: 
     console.print(f"total {sum(seconds.values()):.0f} s; in {output}: {', '.join(held)}")
     result = {"bits_per_byte": dict(rows), "seconds": seconds, "parameters": nparameters, "test": found.to_dict()}
     write_aside(output / "demo.json", json.dumps(result, indent=2) + "\n")
+
+
+def _check_output(output: Path) -> None:
+    """Raise ConfigError unless `output` is free or holds an earlier demonstration, which is all that is replaced."""
+    if not is_run(output):
+        check_new(output)
+    elif not (output / "demo.json").is_file() and open_run(output).recipe.name != _NAME:
+        raise ConfigError(f"{output} holds a run that is no demonstration, and is left alone; give another --output")
 
 
 class _Referee:

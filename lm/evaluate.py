@@ -91,13 +91,16 @@ def _evaluate(
     max_bytes: int | None,
     progress: Callable[[int], None],
 ) -> Evaluation:
+    for name, value in (("chunk", chunk), ("context", context), ("max_bytes", max_bytes)):
+        if value is not None and value < 1:
+            raise UnsupportedInput(f"{name} must be at least 1, got {value}")
     if len(tokens) == tokens.ndocuments:
         raise CorpusError("there are no tokens to score; give at least one document that is not empty")
     longest = int(tokens.lengths.max())
     sums = torch.zeros(int(_bucket(torch.tensor(longest))) + 1, dtype=torch.float64)
     counts = torch.zeros_like(sums)
     ndocuments = nbytes = 0
-    _check_cache(model, tokens)
+    _check_cache(model, tokens, _PROBE if context is None else min(_PROBE, context))
     for ids, document_bytes in tokens.documents():
         parts = [ids] if context is None else [ids[at : at + context + 1] for at in range(0, len(ids) - 1, context)]
         nats = torch.cat([score(model, part, chunk=chunk) for part in parts or [ids]])
@@ -129,8 +132,6 @@ def _evaluate(
 @torch.no_grad()
 def score(model: Any, ids: Tensor, *, chunk: int = 2048) -> Tensor:
     """Negative log-likelihood in nats of ids[1:], each given all before it: (seqlen,) -> (seqlen - 1,) float64."""
-    if chunk < 1:
-        raise UnsupportedInput(f"chunk must be at least 1 token, got {chunk}")
     device = model.device
     cache: Any = None
     found = []
@@ -145,10 +146,10 @@ def score(model: Any, ids: Tensor, *, chunk: int = 2048) -> Tensor:
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
 
-def _check_cache(model: Any, tokens: Tokens) -> None:
+def _check_cache(model: Any, tokens: Tokens, probe: int) -> None:
     """Refuse a model whose cache does not continue a sequence exactly, instead of reporting a wrong number."""
     longest = int(tokens.lengths.argmax())
-    begin, length = int(tokens.starts[longest]), min(int(tokens.lengths[longest]), _PROBE + 1)
+    begin, length = int(tokens.starts[longest]), min(int(tokens.lengths[longest]), probe + 1)
     ids = torch.from_numpy(tokens.span(begin, begin + length))
     if length < 3:
         return

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, TextStreamer
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import seqlib
 import seqlib.hf
 from seqlib.errors import ConfigError, SeqlibError, UnsupportedInput
+from seqlib.hf.hub import check_name
+from seqlib.hf.runs import is_run
 
 from .data import start_token
+from .settings import goes_alone, options
 
-__all__ = ["Generation", "generate", "generate_lines", "load_model", "parse_settings"]
+__all__ = ["Generation", "generate", "generate_lines", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def load_model(path: str, tokenizer: str | None = None) -> tuple[Any, Any]:
         ConfigError: there is no language model, or no tokenizer.
         CheckpointMismatch: its layout is unknown, or its weights are incomplete or do not fit.
     """
-    if (Path(path) / "recipe.json").is_file():
+    if is_run(Path(path)):
         path = str(Path(path) / "model")
         if not Path(path).is_dir():
             raise ConfigError(f"{Path(path).parent} is not finished; continue it with `seqlib-lm train --resume`")
@@ -59,19 +63,25 @@ def load_model(path: str, tokenizer: str | None = None) -> tuple[Any, Any]:
         raise ConfigError(f"{path} holds a {type(model).__name__}, which has no head to speak with")
     found = _opened("tokenizer", tokenizer or path, AutoTokenizer.from_pretrained)
     if not found("a", add_special_tokens=False)["input_ids"]:  # made from its class alone, without a vocabulary
-        raise ConfigError(f"{tokenizer or path} has no tokenizer. Name one with --tokenizer")
+        raise ConfigError(f"{tokenizer or path} has no tokenizer; name one with --tokenizer")
+    size, vocab = len(found), _vocab(model)
+    if size > vocab or (isinstance(found, seqlib.hf.ByteTokenizer) and vocab >= 2 * size):
+        raise ConfigError(
+            f"the tokenizer of {tokenizer or path} has {size} tokens, the model {vocab}; name its own with --tokenizer"
+        )
     return cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu").eval(), found
 
 
 def _opened(what: str, path: str, opener: Any) -> Any:
+    remedy = "name one with --tokenizer" if what == "tokenizer" else "give a run folder, a folder or a hub name"
+    check_name(path, what, remedy)
     try:
         return opener(path)
     except SeqlibError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].strip(" :.")
-        hint = ". Name one with --tokenizer" if what == "tokenizer" else ""
-        raise ConfigError(f"no {what} could be loaded from {path!r} ({reason}){hint}") from error
+        raise ConfigError(f"no {what} could be loaded from {path!r} ({reason}); {remedy}") from error
 
 
 def generate(
@@ -104,9 +114,9 @@ def generate(
     Raises:
         UnsupportedInput: an option is out of range.
     """
-    options = _options(max_new_tokens, temperature, top_p, top_k, settings or {})
+    chosen = options(max_new_tokens, temperature, top_p, top_k, settings or {}, _vocab(model))
     streamer: Any = None
-    streams = options.get("num_beams", 1) == 1  # beams are known in the end
+    streams = chosen.get("num_beams", 1) == 1  # beams are known in the end
     if out is not None and streams:
         is_bytes = isinstance(tokenizer, seqlib.hf.ByteTokenizer)
         streamer = _ByteStreamer(out) if is_bytes else TextStreamer(tokenizer, skip_special_tokens=True)
@@ -114,7 +124,7 @@ def generate(
         torch.manual_seed(seed)
     ids = _ids(tokenizer, prompt, raw)
     begun = time.perf_counter()
-    ((prompt_ids, said),) = _continue(model, tokenizer, [ids], options | {"streamer": streamer})
+    ((prompt_ids, said),) = _continue(model, tokenizer, [ids], chosen | {"streamer": streamer})
     made = Generation(_bytes(tokenizer, [*prompt_ids, *said]), len(said), time.perf_counter() - begun)
     if out is not None and not streams:
         out.write(made.data.decode(errors="replace") + "\n")
@@ -147,57 +157,23 @@ def generate_lines(
     Raises:
         ConfigError: a line that is none of these.
     """
-    options = _options(max_new_tokens, temperature, top_p, top_k, settings or {})
+    chosen = options(max_new_tokens, temperature, top_p, top_k, settings or {}, _vocab(model))
     if batch_size < 1:
         raise UnsupportedInput(f"batch_size must be at least 1, got {batch_size}")
     asked = [_asked(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if seed is not None:
         torch.manual_seed(seed)
+    batch_size = 1 if goes_alone(settings or {}) else batch_size
     for begin in range(0, len(asked), batch_size):
         group = asked[begin : begin + batch_size]
         rows = [_ids(tokenizer, row.get("messages", row.get("prompt")), raw) for row in group]
-        for row, (_, said) in zip(group, _continue(model, tokenizer, rows, options)):
+        for row, (_, said) in zip(group, _continue(model, tokenizer, rows, chosen)):
             text = _bytes(tokenizer, said).decode(errors="replace")
             yield {**row, "completion": text, "new_tokens": len(said)}
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Fields of transformers' GenerationConfig from key=value, where a value is JSON or else text.
-
-    >>> parse_settings(["repetition_penalty=1.2", "num_beams=3"])
-    {'repetition_penalty': 1.2, 'num_beams': 3}
-    """
-    known, made = GenerationConfig().to_dict(), {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise ConfigError(f"--set takes key=value, got {pair!r}")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"transformers' GenerationConfig has no field {name!r}{hint}")
-        try:
-            made[name] = json.loads(value)
-        except json.JSONDecodeError:
-            made[name] = value
-    return made
-
-
-def _options(
-    max_new_tokens: int, temperature: float, top_p: float, top_k: int, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    for name, value, right, allowed in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("top_k", top_k, top_k >= 0, "0 or more"),
-    ):
-        if not right:
-            raise UnsupportedInput(f"{name} must be {allowed}, got {value}")
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-    return sampling | {"max_new_tokens": max_new_tokens} | dict(settings)
+def _vocab(model: Any) -> int:
+    return int(model.config.vocab_size)
 
 
 def _asked(number: int, line: str) -> dict[str, Any]:
@@ -205,9 +181,26 @@ def _asked(number: int, line: str) -> dict[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {number} is not JSON: {error.msg}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("messages", row.get("prompt")), (str, list)):
-        raise ConfigError(f'line {number} must be an object with a "prompt" or "messages", got {line.strip()[:60]}')
+    except RecursionError:
+        raise ConfigError(f"line {number} is nested too deeply") from None
+    asked = row.get("messages", row.get("prompt")) if isinstance(row, dict) else None
+    if not isinstance(asked, str) and not _are_messages(asked):
+        raise ConfigError(
+            f'line {number} must be an object with a "prompt" or "messages" of {{"role", "content"}}, '
+            f"got {line.strip()[:60]}"
+        )
+    try:
+        json.dumps(asked, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"line {number} holds half of a character (a lone surrogate), which is no text") from None
     return row
+
+
+def _are_messages(asked: Any) -> bool:
+    return isinstance(asked, list) and bool(asked) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in asked
+    )  # fmt: skip
 
 
 def _ids(tokenizer: Any, prompt: Any, raw: bool) -> list[int]:
@@ -216,28 +209,54 @@ def _ids(tokenizer: Any, prompt: Any, raw: bool) -> list[int]:
     if isinstance(prompt, list) or (template and not raw):
         if not template:
             raise ConfigError("the tokenizer has no chat template for messages; give each line a prompt instead")
-        text = prompt.decode() if isinstance(prompt, bytes) else prompt
+        text = _text(prompt) if isinstance(prompt, bytes) else prompt
         messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        except TemplateError as error:
+            raise ConfigError(f"the tokenizer's chat template refuses these messages: {error}") from error
+        if not ids:
+            raise ConfigError("the tokenizer's chat template makes nothing of these messages; try --raw")
+        return ids
     data = prompt.encode() if isinstance(prompt, str) else prompt
     is_bytes = isinstance(tokenizer, seqlib.hf.ByteTokenizer)
-    ids = list(data) if is_bytes else tokenizer(data.decode(), add_special_tokens=False)["input_ids"]
+    ids = list(data) if is_bytes else tokenizer(_text(data), add_special_tokens=False)["input_ids"]
     return [start_token(tokenizer), *ids]
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the prompt is not UTF-8 (byte {error.start}), which only a tokenizer of bytes takes without a template"
+        ) from error
 
 
 def _continue(
     model: Any, tokenizer: Any, rows: list[list[int]], options: Mapping[str, Any]
 ) -> list[tuple[list[int], list[int]]]:
     """Each prompt with what follows it, up to the end of its document."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start_token(tokenizer)
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    # What fills rows must not look like an end.
+    fillers = (tokenizer.pad_token_id, start_token(tokenizer), *range(_vocab(model)))
+    pad = next(i for i in fillers if i is not None and i not in ends)
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    if "stop_strings" in options:
+        options = {**options, "tokenizer": tokenizer}
     made = model.generate(ids, attention_mask=mask, pad_token_id=pad, **options)[:, width:].tolist()
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    said = [next((row[: i + 1] for i, token in enumerate(row) if token in ends), row) for row in made]
-    return list(zip(rows, said))
+    return [(row, _until_end(said, ends, pad)) for row, said in zip(rows, made)]
+
+
+def _until_end(said: list[int], ends: set[int], pad: int) -> list[int]:
+    """Without what follows an end, or the padding of a row that stopped before its neighbours."""
+    said = next((said[: i + 1] for i, token in enumerate(said) if token in ends), said)
+    while len(said) > 1 and said[-1] == pad:
+        said = said[:-1]
+    return said
 
 
 def _bytes(tokenizer: Any, ids: list[int]) -> bytes:
@@ -268,7 +287,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> bytes:
     if prompt is not None and prompt_file is not None:
         raise ConfigError("give either --prompt or --prompt-file, not both")
     if prompt is not None:
-        return prompt.encode()
+        return os.fsencode(prompt)  # bytes of the shell that are no UTF-8 included
     if prompt_file is not None:
         try:
             return prompt_file.read_bytes()

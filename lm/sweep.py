@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from seqlib.errors import ConfigError
-from seqlib.hf.runs import write_aside
+from seqlib.hf.recipes import checked_mixer, layers_of
+from seqlib.hf.runs import is_run, read_json, write_aside
 from seqlib.mixers import MIXERS, looks_ahead, mixer_config, sized
 
 from .corpus import Corpus
@@ -20,7 +21,8 @@ from .data import load_tokenizer, tokenize
 from .evaluate import evaluate
 from .generate import load_model
 from .recipes import Recipe
-from .train import DataSpec, build_model, open_run, resume, train
+from .runs import DataSpec, open_run
+from .train import build_model, resume, train
 
 __all__ = ["equal_recipes", "run_sweep", "sweep_table"]
 
@@ -31,6 +33,10 @@ _PARTS = (
     "channel",
     "learned_positions",
 )  # no mixers of their own, or of mixers that a user has to name
+_KEYS = (
+    "mixer", "config", "d_mlp", "parameters", "state_bytes", "bits_per_byte", "bits_per_byte_whole", "bytes",
+    "max_bytes",
+)  # fmt: skip
 _STATE_AT = 4096  # tokens after which the size of the state is told
 
 
@@ -49,15 +55,24 @@ def equal_recipes(recipe: Recipe, wanted: Sequence[str] | None = None) -> dict[s
     target = _size(_with(recipe, "attention", {"kind": "attention"}, mlp))
     found = {}
     for text in wanted or _alone():
-        config = json.loads(text) if text.startswith("{") else {"kind": text}
+        config = _one(text)
         shown = " ".join(str(v) if k == "kind" else f"{k}={v}" for k, v in config.items())
-        config = mixer_config(config).to_dict()
+        config = mixer_config(checked_mixer(f"--mixer {text}", config)).to_dict()
         narrow, wide = (_size(_with(recipe, shown, config, mlp | {"d_mlp": width})) for width in (8, 16))
         width = round(8 + 8 * (target - narrow) / (wide - narrow))
         if width < 8:
             raise ConfigError(f"{shown} alone has more than the {target:,} parameters of the whole; raise mlp.d_mlp")
         found[shown] = _with(recipe, shown, config, mlp | {"d_mlp": width})
     return found
+
+
+def _one(text: str) -> dict[str, Any]:
+    layers = layers_of(text)
+    if len(layers) != 1:
+        raise ConfigError(f"--mixer {text!r} names several; a sweep has one kind in each model: repeat --mixer")
+    if layers[0]["kind"] in MIXERS and looks_ahead(mixer_config(checked_mixer(f"--mixer {text}", layers[0]))):
+        raise ConfigError(f"--mixer {text!r} reads what follows, which no language model may")
+    return layers[0]
 
 
 def _alone() -> list[str]:
@@ -97,21 +112,41 @@ def run_sweep(
     rows = []
     for name, one in recipes.items():
         path = folder / "".join(c if c.isalnum() or c in "-." else "_" for c in name)
-        if not (path / "row.json").is_file():
+        _check_same(path, one, corpus)
+        row = _scored(path, max_bytes)
+        if row is None:
             console.print(f"{name}: d_mlp {(one.mlp or {})['d_mlp']}", style="bold")
-            write_aside(path / "row.json", json.dumps(_row(name, one, path, data, corpus, max_bytes, console)) + "\n")
-        rows.append(json.loads((path / "row.json").read_text()))
+            row = _row(name, one, path, data, corpus, max_bytes, console)
+            write_aside(path / "row.json", json.dumps(row) + "\n")
+        rows.append(row)
         made = {"recipe": recipe.to_dict(), "corpus": corpus.digest, "state_at": _STATE_AT, "sweep": rows}
         write_aside(folder / "sweep.json", json.dumps(made, indent=1) + "\n")
     return made
 
 
+def _check_same(path: Path, recipe: Recipe, corpus: Corpus) -> None:
+    """Raise ConfigError if a run in `path` is another one than is wanted."""
+    if not is_run(path):
+        return
+    run = open_run(path)
+    if run.recipe != recipe:
+        raise ConfigError(f"{path} holds a run of another recipe; give another --output")
+    if run.digest != corpus.digest:
+        raise ConfigError(f"{path} holds a run on another text; give another --output")
+
+
+def _scored(path: Path, max_bytes: int) -> dict[str, Any] | None:
+    """The row of a finished run, if it was scored on as many bytes."""
+    if not (path / "row.json").is_file() or not (path / "model").is_dir():
+        return None
+    row = read_json(path / "row.json", lambda values: {key: values[key] for key in _KEYS})
+    return row if row["max_bytes"] == max_bytes else None
+
+
 def _row(
     name: str, recipe: Recipe, path: Path, data: DataSpec, corpus: Corpus, max_bytes: int, console: Console
 ) -> dict[str, Any]:
-    if (path / "recipe.json").is_file():
-        if open_run(path).recipe != recipe:
-            raise ConfigError(f"{path} holds a run of another recipe; give another --output")
+    if is_run(path):
         run = open_run(path) if (path / "model").exists() else resume(path, console=console)
     else:
         run = train(recipe, data, path, console=console, corpus=corpus)
@@ -128,6 +163,7 @@ def _row(
         "bits_per_byte": found.bits_per_byte,
         "bits_per_byte_whole": whole.bits_per_byte,
         "bytes": found.bytes,
+        "max_bytes": max_bytes,
     }
 
 

@@ -3,122 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import platform
+import dataclasses
+import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from seqlib.dispatch import use_backend, used
-from seqlib.errors import ConfigError, CorpusError, SeqlibError
+from seqlib.dispatch import use_backend
+from seqlib.errors import ConfigError
 from seqlib.hf import SeqlibConfig, SeqlibForCausalLM, SeqlibTrainer
-from seqlib.hf.runs import write_aside
+from seqlib.hf.checkpoints import Checkpoint, last_whole
+from seqlib.hf.keep import disk_errors, locked, whole_folder
+from seqlib.hf.recipes import built
 
-from .corpus import Corpus, read_corpus, stdlib_corpus
+from .corpus import Corpus
 from .data import PackedRows, Tokens, load_tokenizer, tokenize
 from .evaluate import evaluate
-from .progress import MetricsCallback, ProgressCallback, plot_loss
+from .generate import load_model
+from .progress import CurvesCallback, MetricsCallback, ProgressCallback, plot_loss
 from .recipes import Recipe
+from .runs import DataSpec, Run, check_new, open_run
 
-__all__ = ["DataSpec", "Run", "build_model", "open_run", "resume", "train"]
+__all__ = ["build_model", "resume", "started_from", "train"]
 
-
-@dataclass(frozen=True)
-class DataSpec:
-    """How a corpus was found, so that a resumed run and an evaluation find the same one."""
-
-    sources: tuple[str, ...] = ()
-    """Files, folders and data set names; empty for the standard library of the running Python."""
-    suffixes: tuple[str, ...] = ()
-    column: str | None = None
-
-    def read(self, recipe: Recipe) -> Corpus:
-        if not self.sources:
-            return stdlib_corpus(seed=recipe.seed)
-        return read_corpus(
-            self.sources, seed=recipe.seed, held_out=recipe.held_out, suffixes=self.suffixes, column=self.column
-        )
-
-    @classmethod
-    def of(cls, sources: Sequence[str], suffixes: Sequence[str] = (), column: str | None = None) -> DataSpec:
-        """Paths are made absolute, so that a run can be continued from anywhere."""
-        found = (str(Path(source).absolute()) if Path(source).exists() else source for source in sources)
-        return cls(tuple(found), tuple(suffixes), column)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder: recipe.json, metrics.jsonl, loss.png, checkpoints/ and, once finished, model/."""
-
-    folder: Path
-    recipe: Recipe
-    data: DataSpec
-    digest: str
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def corpus(self) -> Corpus:
-        """The corpus of this run; an error if the text is no longer the same."""
-        corpus = self.data.read(self.recipe)
-        if corpus.digest != self.digest:
-            raise CorpusError(
-                f"the text of {self.folder} has changed since the run began; restore it or start a new run"
-            )
-        return corpus
-
-    def write(self) -> None:
-        """Store what the run is, with the versions, the machine and the kernels that ran."""
-        values = {
-            "recipe": self.recipe.to_dict(),
-            "data": {"sources": self.data.sources, "suffixes": self.data.suffixes, "column": self.data.column},
-            "corpus": self.digest,
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("seqlib", "torch", "transformers", "accelerate", "datasets")},
-            "machine": {
-                "cpu": torch.backends.cpu.get_cpu_capability(),
-                "threads": torch.get_num_threads(),
-                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            },
-            "backends": used(),
-        }
-        write_aside(self.folder / "recipe.json", json.dumps(values, indent=2) + "\n")
-
-
-def open_run(folder: Path) -> Run:
-    """Read a run folder back.
-
-    Raises:
-        ConfigError: there is no run, or one of another version.
-    """
-    path = folder / "recipe.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder (it has no recipe.json); give the --output of an earlier train")
-    try:
-        values = json.loads(path.read_text())
-        data = values["data"]
-        spec = DataSpec(tuple(data["sources"]), tuple(data["suffixes"]), data["column"])
-        return Run(folder, Recipe.from_dict(values["recipe"]), spec, values["corpus"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error!r}); start a new run") from error
+FROM_START = ("d_model", "n_layer", "layer_pattern", "mixers", "mlp", "tie_embeddings", "tokenizer")
+"""Fields of a recipe that a model brings along which training starts from."""
 
 
 def train(
@@ -128,71 +41,121 @@ def train(
     *,
     console: Console,
     corpus: Corpus | None = None,
+    start: str | None = None,
+    tensorboard: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Train from the beginning into a new run folder.
 
     Args:
         corpus: what `data` reads, where the caller has read it already.
+        start: a model to begin with, see `started_from`; None: fresh weights.
+        tensorboard: write curves for TensorBoard too.
         callbacks: of transformers, beside those that report.
 
     Raises:
-        ConfigError: the folder holds a run already, or the recipe describes no model.
+        ConfigError: the folder holds something already, or the recipe describes no model.
         CorpusError: there is no text to train on.
     """
     corpus = corpus or data.read(recipe)
-    run = Run(folder, recipe, data, corpus.digest)
+    run = Run(folder, recipe, data, corpus.digest, start)
     arguments = _arguments(run)
-    if arguments.process_index == 0 and (folder / "recipe.json").exists():
-        raise ConfigError(f"{folder} holds a run already; continue it with --resume {folder}, or give another --output")
+    first = arguments.process_index == 0
+    if first:
+        check_new(folder)
+    if tensorboard and not _has_tensorboard():
+        raise ConfigError("--tensorboard needs the package tensorboard; install it, or leave the option out")
     parts = _prepare(run, arguments, corpus)  # every wrong setting is found before anything is written
-    if arguments.process_index == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.write()
-    return _fit(run, arguments, parts, console, None, callbacks)
+    with contextlib.ExitStack() as held:
+        if first:
+            held.enter_context(locked(folder))
+            held.enter_context(disk_errors(folder))
+            check_new(folder)  # another process may have been there meanwhile
+            run.write_trained(corpus)
+            run.write()
+            if tensorboard:
+                run.tensorboard.mkdir()
+        return _fit(run, arguments, parts, console, None, callbacks)
+
+
+def _has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
 
 
 def resume(folder: Path, *, console: Console) -> Run:
-    """Continue a run from its last whole checkpoint; the losses are those of a run that was never interrupted."""
+    """Continue a run from its last whole checkpoint; the losses are those of a run that was never interrupted.
+
+    A run that had taken all its steps takes no further one: its model is written from the last checkpoint.
+    """
     run = open_run(folder)
-    if run.model.exists():
-        raise ConfigError(f"{folder} is finished; its model is {run.model}. Start a new run to train further")
-    checkpoint = get_last_checkpoint(str(run.checkpoints)) if run.checkpoints.is_dir() else None
-    console.print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet, starting from the beginning")
     arguments = _arguments(run)
-    return _fit(run, arguments, _prepare(run, arguments, run.corpus()), console, checkpoint)
+    with contextlib.ExitStack() as held:
+        if arguments.process_index == 0:
+            held.enter_context(locked(folder))
+            held.enter_context(disk_errors(folder))
+        if run.model.exists():
+            raise ConfigError(f"{folder} is finished; its model is {run.model}. Start a new run to train further")
+        parts = _prepare(run, arguments, run.corpus())
+        last = last_whole(run.checkpoints, parts.model, console.print, needs_best=False)
+        console.print(f"resuming from {last.path}" if last else "no whole checkpoint yet, starting from the beginning")
+        return _fit(run, arguments, parts, console, last)
+
+
+def started_from(recipe: Recipe, start: str) -> Recipe:
+    """The recipe with the sizes and the tokenizer of a model that training begins with.
+
+    Args:
+        start: a finished run, or a folder or hub name of a model in any layout of docs/CHECKPOINTS.md.
+    """
+    model, _ = load_model(start)
+    config = model.config
+    return dataclasses.replace(
+        recipe,
+        d_model=config.d_model,
+        n_layer=config.n_layer,
+        layer_pattern=config.layer_pattern if isinstance(config.layer_pattern, str) else " ".join(config.layer_pattern),
+        mixers=config.mixers,
+        mlp=config.mlp,
+        tie_embeddings=bool(config.tie_word_embeddings),
+        tokenizer=start,
+    )
 
 
 def build_model(recipe: Recipe, tokenizer: Any) -> Any:
     """A freshly initialised model; the recipe's seed decides the weights."""
-    set_seed(recipe.seed)
-    return SeqlibForCausalLM(
-        SeqlibConfig(
-            vocab_size=len(tokenizer),
-            d_model=recipe.d_model,
-            n_layer=recipe.n_layer,
-            layer_pattern=recipe.layer_pattern,
-            mixers={name: dict(mixer) for name, mixer in recipe.mixers.items()},
-            mlp=None if recipe.mlp is None else dict(recipe.mlp),
-            tie_word_embeddings=recipe.tie_embeddings,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+
+    def make() -> SeqlibForCausalLM:
+        return SeqlibForCausalLM(
+            SeqlibConfig(
+                vocab_size=len(tokenizer),
+                d_model=recipe.d_model,
+                n_layer=recipe.n_layer,
+                layer_pattern=recipe.layer_pattern,
+                mixers={name: dict(mixer) for name, mixer in recipe.mixers.items()},
+                mlp=None if recipe.mlp is None else dict(recipe.mlp),
+                tie_word_embeddings=recipe.tie_embeddings,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         )
-    )
+
+    return built(recipe.name, recipe.seed, make)
 
 
 class _Trainer(SeqlibTrainer):
-    """Evaluates with the state carried through whole documents, and says what is left when a checkpoint fails."""
+    """Evaluates with the state carried through whole documents, and keeps the checkpoint of the best."""
 
     held_out: tuple[Tokens, int]
     """Documents, and how many of their bytes are scored."""
+    context: int | None = None
+    """Tokens after which a document is cut, where weights exist for so many positions only."""
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         tokens, max_bytes = self.held_out
-        found = evaluate(self.model, tokens, max_bytes=max_bytes)
+        found = evaluate(self.model, tokens, max_bytes=max_bytes, context=self.context)
         metrics = {
             f"{metric_key_prefix}_bits_per_byte": found.bits_per_byte,
             f"{metric_key_prefix}_perplexity": found.perplexity,
@@ -201,17 +164,10 @@ class _Trainer(SeqlibTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            folder = Path(self.args.output_dir or ".")
-            last = get_last_checkpoint(str(folder))
-            raise SeqlibError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({error}). "
-                + (f"{last} is whole" if last else "there is none before it")
-                + f": make room and continue with --resume {folder.parent}"
-            ) from error
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save = self.control.should_save or best  # what is best is kept
+        return best
 
 
 class _RecordBackends(TrainerCallback):
@@ -227,6 +183,16 @@ class _RecordBackends(TrainerCallback):
         self.done = True
 
 
+class _Moved(TrainerCallback):
+    """Names the best checkpoint where it is now: a run folder may have been moved, or seen from another folder."""
+
+    def __init__(self, last: Checkpoint) -> None:
+        self.last = last
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.best_model_checkpoint = self.last.state.best_model_checkpoint
+
+
 class _Parts(NamedTuple):
     tokenizer: Any
     model: Any
@@ -236,14 +202,28 @@ class _Parts(NamedTuple):
 
 def _prepare(run: Run, arguments: TrainingArguments, corpus: Corpus) -> _Parts:
     recipe = run.recipe
-    tokenizer = load_tokenizer(recipe.tokenizer)
-    model = build_model(recipe, tokenizer).to(arguments.device)
+    if run.start is not None:
+        model, tokenizer = load_model(run.start)
+        model = model.float()  # mixed precision keeps weights in float32
+    else:
+        tokenizer = load_tokenizer(recipe.tokenizer)
+        model = build_model(recipe, tokenizer)
+    model.to(arguments.device)
     with arguments.main_process_first():
         rows = PackedRows(tokenize(corpus.train, tokenizer), recipe.seqlen)
         validation = tokenize(corpus.validation, tokenizer)
+    limit = _positions(model)
+    if limit is not None and limit < recipe.seqlen:
+        raise ConfigError(f"a mixer has weights for {limit} positions, rows have seqlen={recipe.seqlen}; lower seqlen")
     with _scope(recipe):  # a backend that cannot run here says so now
         model(**{name: value[None].to(arguments.device) for name, value in rows[0].items()}, use_cache=False)
     return _Parts(tokenizer, model, rows, validation)
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions the mixers have weights for; None: any number."""
+    configs = model.config.backbone.mixers.values()
+    return min((config.max_seqlen for config in configs if getattr(config, "max_seqlen", None)), default=None)
 
 
 def _scope(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
@@ -274,6 +254,9 @@ def _arguments(run: Run) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         eval_strategy="steps" if recipe.eval_every else "no",
         eval_steps=recipe.eval_every or None,
+        metric_for_best_model="bits_per_byte" if recipe.eval_every else None,
+        greater_is_better=False,
+        include_num_input_tokens_seen="all",
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to="none",
@@ -286,32 +269,49 @@ def _fit(
     arguments: TrainingArguments,
     parts: _Parts,
     console: Console,
-    checkpoint: str | None,
+    last: Checkpoint | None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
-    recipe = run.recipe
-    tokens_per_step = recipe.batch_size * recipe.accumulation * recipe.seqlen * arguments.world_size
-    metrics = MetricsCallback(run.metrics, tokens_per_step, parts.rows.tokens.bytes_per_token)
+    recipe, model = run.recipe, parts.model
+    metrics = MetricsCallback(run.metrics, parts.rows.tokens.bytes_per_token)
     progress = ProgressCallback(metrics, console)
-    reports = [metrics, progress] if arguments.process_index == 0 else []
+    reports: list[TrainerCallback] = [metrics, progress] if arguments.process_index == 0 else []
+    if run.tensorboard.is_dir() and arguments.process_index == 0:
+        reports.append(CurvesCallback(run.tensorboard))
     trainer = _Trainer(
-        model=parts.model,
+        model=model,
         args=arguments,
         train_dataset=parts.rows,
         eval_dataset=[],  # transformers wants one; what is evaluated is held_out
         callbacks=[*reports, _RecordBackends(run), *callbacks],
     )
     trainer.held_out = parts.validation, recipe.eval_bytes
+    trainer.context = _positions(model)
     trainer.remove_callback(PrinterCallback)
-    try:
-        with _scope(recipe):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        progress.close()
+    if last is not None and last.step >= recipe.steps:
+        model = type(model).from_pretrained(last.path)
+        trainer.state = last.state
+    else:
+        if last is not None:
+            trainer.add_callback(_Moved(last))
+        try:
+            with _scope(recipe):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last.path))
+        finally:
+            progress.close()
     if arguments.process_index == 0:
-        plot_loss(run.metrics, run.folder / "loss.png")
-        aside = run.folder / ".model-being-written"
-        parts.model.save_pretrained(aside)
-        parts.tokenizer.save_pretrained(aside)
-        os.replace(aside, run.model)
+        plot_loss(run.metrics, run.plot)
+        with whole_folder(run.model) as aside:
+            model.save_pretrained(aside)
+            parts.tokenizer.save_pretrained(aside)
+        _tell_best(trainer.state, run, console)
     return run
+
+
+def _tell_best(state: Any, run: Run, console: Console) -> None:
+    """Where the best weights are, if they are not the last."""
+    if state.best_global_step not in (None, 0, state.global_step):
+        console.print(
+            f"best on validation text: step {state.best_global_step} with {state.best_metric:.3f} bits/byte, kept in "
+            f"{run.checkpoints / f'checkpoint-{state.best_global_step}'}"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from seqlib.errors import ConfigError
+from seqlib.hf.runs import for_folder
 
 __all__ = [
     "AnySize", "Cache", "Data", "Generate", "JsonFile", "Processes", "Protocol", "Seed", "Settings", "for_folder",
@@ -22,24 +22,6 @@ def for_output(path: Path | None) -> Path | None:
     from seqlib.hf.runs import for_writing
 
     return for_writing(path)
-
-
-def for_folder(path: Path | None) -> Path | None:
-    """The path, for an option whose command makes a folder there in the end.
-
-    Raises:
-        ConfigError: no folder can be made or written there, which is better known before the work than after it.
-    """
-    if path is None:
-        return None
-    try:
-        there = next(part for part in (path, *path.absolute().parents) if part.exists() or part.is_symlink())
-        right = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be a folder ({error.strerror}); give another --output") from error
-    if not right:
-        raise ConfigError(f"{path} is no folder and cannot become one, or cannot be written; give another --output")
-    return path
 
 
 JsonFile = Annotated[Path | None, typer.Option("--json", callback=for_output, help="Write the figures here.")]

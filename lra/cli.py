@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from seqlib.errors import ConfigError
+from seqlib.hf.console import interruptible, run
 
 from .arguments import (
     AnySize,
@@ -30,7 +31,6 @@ from .arguments import (
     refuse,
     refuse_for_training,
 )  # fmt: skip
-from .console import interruptible, run
 
 __all__ = ["main"]
 
@@ -121,10 +121,11 @@ def train(
     processes: Processes = 2,
 ) -> None:
     """Train a recipe with one or more seeds, or continue what was interrupted."""
+    from seqlib.hf.keep import locked
+
     from . import seeds as training
     from .data import DataSource
     from .folder import open_plan, write_plan
-    from .keep import locked
     from .tables import summary_table
 
     console = Console()

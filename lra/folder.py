@@ -4,44 +4,22 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from seqlib.dispatch import used
 from seqlib.errors import ConfigError
-from seqlib.hf.runs import write_aside
+from seqlib.hf.keep import LOCK
+from seqlib.hf.runs import read_json, write_aside
 
 from .data import DataSource, RunData
-from .keep import LOCK
 from .recipes import Recipe
 
 __all__ = ["check_same_data", "describe", "open_plan", "open_run", "read_json", "write_plan"]
-
-T = TypeVar("T")
-
-
-def read_json(path: Path, take: Callable[[Any], T]) -> T:
-    """What `take` makes of a JSON file.
-
-    Raises:
-        ConfigError: the file is no JSON, or not what `take` expects.
-    """
-    try:
-        return take(json.loads(path.read_text("utf-8")))
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # ConfigError passes: it says more
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} cannot be read ({error!r}); start a new run in another --output") from error
 
 
 def write_plan(folder: Path, recipe: Recipe, source: DataSource, seeds: int) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from seqlib.dispatch import BACKENDS
 from seqlib.errors import ConfigError
-from seqlib.mixers import MIXERS, looks_ahead, mixer_config
+from seqlib.hf.recipes import LAYERS, check_numbers, checked_mixer
+from seqlib.mixers import MIXERS, looks_ahead
 
 from .prepare import generator_options
 from .protocols import PROTOCOLS
@@ -21,10 +20,9 @@ from .published import PUBLISHED
 from .recall import RECALL, full_options
 from .tasks import TASKS
 
-__all__ = ["Recipe", "check_task", "checked_mixer", "find_recipe", "layers_of", "recipe_names"]
+__all__ = ["Recipe", "check_task", "find_recipe", "recipe_names"]
 
 _GLU = {"gated": True}
-_LAYERS = 10_000
 _FIELD: Any = object()  # the value of the field itself
 _SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 
@@ -76,10 +74,10 @@ class Recipe:
         if self.protocol not in PROTOCOLS:
             raise ConfigError(f"unknown protocol {self.protocol!r}; known: {', '.join(PROTOCOLS)}")
         for name in ("data", "mixers", "mlp", "layer_pattern"):
-            _check_numbers(f"recipe {self.name}: {name}", getattr(self, name))
+            check_numbers(f"recipe {self.name}: {name}", getattr(self, name))
         for name in ("d_model", "n_layer", "batch_size", "accumulation", "steps", "log_every", "eval_examples"):
             self._check(name, 1 <= getattr(self, name) < 1 << 31, "from 1 to 2,147,483,647")
-        self._check("n_layer", self.n_layer <= _LAYERS, f"at most {_LAYERS:,}")
+        self._check("n_layer", self.n_layer <= LAYERS, f"at most {LAYERS:,}")
         for name in ("warmup_steps", "weight_decay", "clip", "patience"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         self._check("learning_rate", 0 < self.learning_rate < math.inf, "positive")
@@ -134,20 +132,6 @@ class Recipe:
             wrong = ", ".join(sorted(values.keys() ^ known))
             raise ConfigError(f"this recipe was written by another version: it differs in {wrong}; start a new run")
         return cls(**values)
-
-
-def _check_numbers(where: str, value: Any) -> None:
-    """Raise ConfigError for numbers that no size or factor can be, wherever they stand in a field."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            _check_numbers(f"{where}.{key}", part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _check_numbers(where, part)
-    elif isinstance(value, (int, float)) and not abs(value) < 1 << 31:
-        raise ConfigError(f"{where} must be a number below 2,147,483,648 in size, got {value!r}")
-    elif isinstance(value, str) and any(int(count) > _LAYERS for count in re.findall(r"\*\s*(\d+)", value)):
-        raise ConfigError(f"{where} repeats layers at most {_LAYERS:,} times, got {value[:60]!r}")
 
 
 # Few arguments: adding five digits modulo ten takes longer to learn than nesting, which the task is about.
@@ -205,35 +189,6 @@ _OWN: dict[str, dict[str, dict[str, Any]]] = {
 """Our own: "small" learns on two cores in minutes to an hour, "tiny" is for tests and first steps, "far" asks for four
 symbols 1,800 positions later, which state spaces and long convolutions of that reach learn in minutes and short
 convolutions never."""
-
-
-def layers_of(text: str) -> list[dict[str, Any]]:
-    """Configs of the layers that take turns: "mamba", "gated_conv based", or one JSON object."""
-    if not text.startswith("{"):
-        kinds = text.split()
-        if not kinds:
-            raise ConfigError(f"--mixer names no kind; known: {', '.join(MIXERS)}")
-        return [{"kind": kind} for kind in kinds]
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--mixer is no JSON object ({error}): {text}") from error
-    if not isinstance(found.get("kind"), str):
-        raise ConfigError(f'--mixer needs a kind, like {{"kind": "mamba"}}, got {text}')
-    return [found]
-
-
-def checked_mixer(where: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of a mixer, as it was given.
-
-    Raises:
-        ConfigError: a kind or field that does not exist, or a value that its field cannot take.
-    """
-    try:
-        mixer_config(config)
-    except (TypeError, AttributeError, ZeroDivisionError, OverflowError) as error:
-        raise ConfigError(f"{where} has a value of another type than its field ({error})") from error
-    return config
 
 
 def check_task(name: str) -> None:

@@ -10,14 +10,25 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from seqlib.errors import SeqlibError
 from seqlib.hf.runs import read_metrics, write_aside
 
-__all__ = ["Follow", "Reporter"]
+from .recipes import Recipe
+
+__all__ = ["Follow", "Reporter", "is_over"]
 
 _LINE_EVERY = 15.0  # seconds between lines where there is no terminal to draw a bar in
+
+
+def is_over(state: TrainerState, recipe: Recipe) -> bool:
+    """Whether training had ended when the checkpoint was written."""
+    solved = any(row.get("eval_accuracy", 0.0) >= recipe.enough for row in state.log_history)
+    callbacks: Any = state.stateful_callbacks or {}
+    stopping = callbacks.get("EarlyStoppingCallback")
+    waited = stopping["attributes"]["early_stopping_patience_counter"] if isinstance(stopping, dict) else 0
+    return state.global_step >= recipe.steps or (recipe.enough < 1 and solved) or (0 < recipe.patience <= waited)
 
 
 class Reporter(TrainerCallback):

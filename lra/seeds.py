@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from seqlib.errors import ConfigError
+from seqlib.hf.recipes import layers_of
 from seqlib.hf.runs import override, write_aside
 from seqlib.mixers import sized
 
 from .data import DataSource
 from .folder import read_json
-from .recipes import Recipe, find_recipe, layers_of
+from .recipes import Recipe, find_recipe
 from .train import train
 
 __all__ = ["configure", "train_seeds"]

@@ -14,8 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from seqlib.errors import CorpusError
-
-from .keep import whole_folder
+from seqlib.hf.keep import whole_folder
 
 __all__ = ["SPLITS", "Examples", "cache_folder", "fingerprint", "load", "save"]
 

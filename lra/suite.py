@@ -19,17 +19,18 @@ from rich.table import Table
 
 from seqlib.bench.clock import machine
 from seqlib.errors import ConfigError
+from seqlib.hf.console import quiet
+from seqlib.hf.keep import locked
+from seqlib.hf.recipes import checked_mixer, layers_of
 from seqlib.hf.runs import read_metrics, write_aside
 from seqlib.mixers import sized
 
 from .charts import plot_length, plot_state
-from .console import quiet
 from .data import DataSource
 from .evaluate import score_recall
 from .folder import open_run, read_json
-from .keep import locked
 from .recall import get_recall, make_batch
-from .recipes import Recipe, checked_mixer, layers_of
+from .recipes import Recipe
 from .report import load_model
 from .train import train
 

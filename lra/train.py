@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 
 from seqlib.dispatch import use_backend, used
-from seqlib.errors import ConfigError, SeqlibError
+from seqlib.errors import ConfigError
 from seqlib.hf import (
     SeqlibConfig,
     SeqlibForCausalLM,
@@ -22,18 +22,19 @@ from seqlib.hf import (
     SeqlibForSequenceClassification,
     SeqlibTrainer,
 )
+from seqlib.hf.checkpoints import last_whole
+from seqlib.hf.keep import disk_errors, locked, whole_folder
+from seqlib.hf.recipes import built
 from seqlib.hf.runs import write_aside
 
 from .charts import plot_curve
-from .checkpoints import is_over, last_whole
 from .data import DataSource, Rows, RunData, load_data, reduced
 from .evaluate import collate, gains, invariance, peak_memory, score_examples, score_recall
 from .folder import check_same_data, describe, open_run
-from .keep import disk_errors, follow_umask, locked, whole_folder
 from .protocols import get_protocol
 from .recall import Stream
 from .recipes import Recipe
-from .runs import Follow, Reporter
+from .runs import Follow, Reporter, is_over
 from .synthetic import Batch
 
 __all__ = ["build_model", "check_length", "train"]
@@ -41,7 +42,6 @@ __all__ = ["build_model", "check_length", "train"]
 
 def build_model(recipe: Recipe, data: RunData) -> Any:
     """A freshly initialised model; the recipe's seed decides the weights."""
-    set_seed(recipe.seed)
     protocol = get_protocol(recipe.protocol)
     shared: dict[str, Any] = {
         "vocab_size": data.vocab_size,
@@ -53,23 +53,13 @@ def build_model(recipe: Recipe, data: RunData) -> Any:
         "max_position_embeddings": data.seqlen,
     }
     if data.task is None:
-        return _built(recipe, SeqlibForCausalLM, shared)
+        return built(recipe.name, recipe.seed, lambda: SeqlibForCausalLM(SeqlibConfig(**shared)))
     task = data.task.task
     shared |= {"num_labels": task.classes, "pad_token_id": data.pad}
     shared |= {"embedding": "number"} if recipe.numbers else {}
     shared |= {"pooling": protocol.pooling, "pair_head": protocol.pair_head}
     classes: Any = SeqlibForSequenceClassification if task.width == 1 else SeqlibForPairClassification
-    return _built(recipe, classes, shared)
-
-
-def _built(recipe: Recipe, classes: Any, fields: dict[str, Any]) -> Any:
-    try:
-        return classes(SeqlibConfig(**fields))
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        if isinstance(error, SeqlibError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"recipe {recipe.name} describes no model ({reason}); see its mixers and mlp") from error
+    return built(recipe.name, recipe.seed, lambda: classes(SeqlibConfig(**shared)))
 
 
 def check_length(model: Any, seqlen: int) -> None:
@@ -100,10 +90,6 @@ class _Trainer(SeqlibTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        follow_umask(Path(str(self.args.output_dir)))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

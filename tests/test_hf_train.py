@@ -11,7 +11,7 @@ import torch
 from hf_models import PAD, STACKS, VOCAB, left_padded, prompt, tiny, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import DataCollatorWithFlattening, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from seqlib.errors import ConfigError, UnsupportedInput
@@ -61,6 +61,43 @@ def test_loss_does_not_depend_on_the_side_of_padding(model, with_logits: bool) -
     torch.testing.assert_close(*losses)
     alone = [model(ids, labels=ids).loss * (ids.shape[1] - 1) for ids in prompts]
     torch.testing.assert_close(losses[0], sum(alone) / (3 + 8 - 2))
+
+
+@pytest.mark.parametrize("kind", [Trainer, SeqlibTrainer])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("items", [None, 3])
+def test_label_smoothing_is_of_the_next_token(kind, adapted: bool, items, tmp_path) -> None:
+    model = tiny("mamba").eval()
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules=["in_proj"]))
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.3)
+    (ids,) = prompt(9)
+    labels = ids.clone()
+    labels[0, 4] = -100
+    got = kind(model=model, args=arguments).compute_loss(model, {"input_ids": ids, "labels": labels}, False, items)
+    z = model(ids).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(z, labels[0, 1:], label_smoothing=0.3, reduction="sum")
+    torch.testing.assert_close(got, expected / (items or 7))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_label_smoothing_does_not_see_padding(side: str, model, tmp_path) -> None:
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.3)
+    trainer, prompts = SeqlibTrainer(model=model, args=arguments), prompt(3, 8)
+    ids, mask = left_padded(prompts, side)
+    labels = ids.masked_fill(mask == 0, -100)
+    got = trainer.compute_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+    alone = [trainer.compute_loss(model, {"input_ids": p, "labels": p.clone()}) * (p.shape[1] - 1) for p in prompts]
+    torch.testing.assert_close(got, sum(alone) / (3 + 8 - 2))
+
+
+def test_label_smoothing_of_classes_is_not_shifted(tmp_path) -> None:
+    model = SeqlibForSequenceClassification(tiny_config("mamba", num_labels=3)).eval()
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.3)
+    inputs = {"input_ids": torch.cat(prompt(5, 5)), "labels": torch.tensor([0, 2])}
+    logits = model(inputs["input_ids"]).logits
+    expected = torch.nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=0.3)
+    torch.testing.assert_close(SeqlibTrainer(model=model, args=arguments).compute_loss(model, inputs), expected)
 
 
 def test_a_mixer_that_looks_ahead_makes_no_language_model() -> None:

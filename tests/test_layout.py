@@ -55,6 +55,8 @@ THIRD_PARTY = {
     "pyarrow": {"lra"},
     "matplotlib": {"bench", "lm", "lra"},
     "typer": {"lm", "lra"},
+    "httpx": {"hf"},  # comes with huggingface_hub
+    "jinja2": {"lm"},  # comes with torch
     "rich": {"dispatch", "bench", "lm", "lra"},
     "tqdm": {"lm", "lra"},
 }

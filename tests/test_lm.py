@@ -25,7 +25,7 @@ from seqlib.errors import CheckpointMismatch, ConfigError, CorpusError, SeqlibEr
 from seqlib.hf import ByteTokenizer
 from seqlib.hf.names import CACHE
 from seqlib.hf.runs import override, read_metrics
-from seqlib.lm import cli
+from seqlib.lm import cli, runs
 from seqlib.lm import demo as demonstration
 from seqlib.lm import train as training
 from seqlib.lm.corpus import Corpus, Document, read_corpus, stdlib_corpus
@@ -33,6 +33,7 @@ from seqlib.lm.data import PackedRows, Tokens, tokenize
 from seqlib.lm.evaluate import evaluate, score
 from seqlib.lm.generate import _ByteStreamer, generate, load_model
 from seqlib.lm.recipes import demo, mixer_sweep, tiny
+from seqlib.lm.runs import DataSpec, Run
 from seqlib.lm.sweep import run_sweep
 
 QUIET = Console(quiet=True)
@@ -73,10 +74,10 @@ def model() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> training.Run:
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of the tiny recipe that nothing interrupted; two epochs and two forwards per step."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    return training.train(_recipe(), training.DataSpec.of([str(text)]), folder, console=QUIET)
+    return training.train(_recipe(), DataSpec.of([str(text)]), folder, console=QUIET)
 
 
 def _recipe():
@@ -188,7 +189,12 @@ def test_settings_change_recipes() -> None:
         ("d_modl=3", "did you mean d_model"), ("steps=2.5", "not int"), ("steps", "key=value"), ("name=x", "no field"),
         ("tie_embeddings=1", "not bool"), ("mixers=3", "JSON object"), ("steps.x=3", "no parts"),
         ("save_every=7", "multiple of log_every"), ("backend=fast", "one of auto"), ("dtype=int8", "float32 or bf"),
-        ("learning_rate=NaN", "positive"), ("steps=0", "at least 1"),
+        ("learning_rate=NaN", "positive"), ("steps=0", "from 1 to"), ("seed=-1", "from 0 to"),
+        ("mlp.d_mlp=NaN", "mlp.d_mlp must be a number"), ("mixers.m=null", "an object with a kind"),
+        ("weight_decay=Infinity", "from 0 to"), ("layer_pattern=m*99999999", "repeats layers"),
+        ("tokenizer=\" \"", "bytes"), ("clip=NaN", "from 0"), ("eval_every=7", "multiple of"),
+        ("n_layer=10000000", "at most 10,000"), ("mixers.m.d_state=\"x\"", "must be an integer"),
+        ("seqlen=999999999", "batch_size times"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused(setting: str, message: str) -> None:
@@ -199,12 +205,16 @@ def test_wrong_settings_are_refused(setting: str, message: str) -> None:
 # Training
 
 
-def test_a_run_leaves_everything_behind(finished: training.Run) -> None:
+def test_a_run_leaves_everything_behind(finished: Run) -> None:
     rows = [row for row in read_metrics(finished.metrics) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 21))
     assert rows[0]["bits_per_byte"] == pytest.approx(8, abs=0.3) and rows[-1]["bits_per_byte"] < 6
     assert all(row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2)) for row in rows)
-    assert rows[-1]["tokens"] == 20 * 2 * 8 * 64 and rows[-1]["tokens_per_s"] > 0
+    length = len(PackedRows(tokenize(finished.corpus().train, ByteTokenizer()), 64))
+    batches = [min(8, length - at) for at in range(0, length, 8)]  # the last one of an epoch is smaller
+    groups = [sum(batches[at : at + 2]) for at in range(0, len(batches), 2)]
+    read = 64 * sum((groups * 20)[:20])
+    assert length % 8 and rows[-1]["tokens"] == read < 20 * 2 * 8 * 64 and rows[-1]["tokens_per_s"] > 0
     held_out = [row for row in read_metrics(finished.metrics) if "eval_bits_per_byte" in row]
     assert [row["step"] for row in held_out] == [10, 20] and held_out[1]["eval_bits_per_byte"] < 6
     assert (finished.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -215,7 +225,7 @@ def test_a_run_leaves_everything_behind(finished: training.Run) -> None:
     assert finished.corpus().digest == finished.digest
 
 
-def test_the_saved_model_is_the_trained_one(finished: training.Run) -> None:
+def test_the_saved_model_is_the_trained_one(finished: Run) -> None:
     model, _ = load_model(str(finished.folder))
     tokens = tokenize(finished.corpus().validation, ByteTokenizer())
     last = [row for row in read_metrics(finished.metrics) if "eval_bits_per_byte" in row][-1]
@@ -228,7 +238,7 @@ def _losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
 
 
-def test_killed_run_resumes_exactly_even_after_a_full_disk(text: Path, finished: training.Run, tmp_path: Path) -> None:
+def test_killed_run_resumes_exactly_even_after_a_full_disk(text: Path, finished: Run, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "seqlib.lm.cli", "train", text, "--recipe", "tiny", "--output", folder]
     for setting in ("accumulation=2", "batch_size=8", "eval_every=10"):
@@ -251,7 +261,7 @@ def test_killed_run_resumes_exactly_even_after_a_full_disk(text: Path, finished:
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
     try:
-        with pytest.raises(SeqlibError, match=r"could not be written .*checkpoint-\d+ is whole"):
+        with pytest.raises(SeqlibError, match="no space is left .* --resume"):
             training.resume(folder, console=QUIET)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
@@ -266,7 +276,7 @@ def test_killed_run_resumes_exactly_even_after_a_full_disk(text: Path, finished:
 def test_a_loss_that_is_no_number_stops_the_run(text: Path, tmp_path: Path) -> None:
     recipe = override(tiny(), ["learning_rate=1e30", "clip=0", "warmup_steps=0"])
     with pytest.raises(SeqlibError, match="the loss is nan at step"):
-        training.train(recipe, training.DataSpec.of([str(text)]), tmp_path / "run", console=QUIET)
+        training.train(recipe, DataSpec.of([str(text)]), tmp_path / "run", console=QUIET)
 
 
 def test_changed_text_is_noticed_on_resume(text: Path, tmp_path: Path) -> None:
@@ -274,7 +284,7 @@ def test_changed_text_is_noticed_on_resume(text: Path, tmp_path: Path) -> None:
     copy.mkdir()
     for path in text.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    run = training.Run(tmp_path / "run", tiny(), training.DataSpec.of([str(copy)]), read_corpus([copy]).digest)
+    run = Run(tmp_path / "run", tiny(), DataSpec.of([str(copy)]), read_corpus([copy]).digest)
     run.folder.mkdir()
     run.write()
     (copy / "0.txt").write_text("something else")
@@ -286,7 +296,7 @@ def test_changed_text_is_noticed_on_resume(text: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_from_everywhere_continue_alike(
-    finished: training.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompt").write_text("the state")
     common = ["generate", finished.folder, "--max-new-tokens", 20, "--seed", 3]
@@ -318,7 +328,7 @@ def test_streaming_waits_for_whole_characters() -> None:
 
 
 def test_evaluate_command(
-    finished: training.Run,
+    finished: Run,
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -329,14 +339,14 @@ def test_evaluate_command(
     own = json.loads(path.read_text())
     assert own["bytes"] == finished.corpus().nbytes("test") and 0 < own["bits_per_byte"] < 6
     assert f"{own['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
-    _cli(monkeypatch, "evaluate", finished.model, text / "0.txt", text / "1.txt", "--json", path)
-    assert json.loads(path.read_text())["documents"] == 2
+    _cli(monkeypatch, "evaluate", finished.model, text / "0.txt", text / "1.txt", "--split", "train", "--json", path)
+    assert json.loads(path.read_text())["documents"] >= 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train {tmp}/nothing --output {tmp}/run", "does not exist"),
+        ("train {tmp}/nothing --output {tmp}/run", "no such file or folder"),
         ("train {tmp}/binary --output {tmp}/run", "found no text"),
         ("train {text} --recipe nope --output {tmp}/run", "unknown recipe 'nope'"),
         ("train {text}", "--output"),
@@ -353,7 +363,6 @@ def test_evaluate_command(
         ("evaluate {tmp} {text}", "neither config.json nor"),
         ("evaluate {run} {tmp}/binary", "found no text"),
         ("evaluate {run} --split half", "unknown split"),
-        ("evaluate {run} --chunk 0", "chunk"),
         ("generate {run} --prompt a --temperature -1", "temperature"),
         ("generate {run} --prompt a --top-p 0", "top_p"),
         ("generate {run} --prompt a --max-new-tokens 0", "max_new_tokens"),
@@ -366,12 +375,26 @@ def test_evaluate_command(
         ("generate {run} --prompt a --set num_beams", "key=value"),
         ("generate {run} --prompt a --tokenizer {tmp}", "no tokenizer could be loaded"),
         ("demo --output {text}", "is no run"),
+        ("demo --output {run}", "no demonstration"),
+        ("demo --minutes nan", "positive"),
+        ("recipes nope", "unknown recipe"),
+        ("evaluate {run} --seed 1", "--seed"),
+        ("train {text} --column text --output {tmp}/run", "--column"),
+        ("train --output {tmp}/r --suffix x", "suffix"),
+        ("train {run} --output {tmp}/run", "is a run of this program"),
+        ("train {text} --output {text}", "no run"),
+        ("train {text} --from {run} --set d_model=8 --output {tmp}/run", "--from brings"),
+        ("train {text} --recipe tiny --set d_model=1000000 --output {tmp}/run", "GB"),
+        ("sweep {text} --mixer {{kind:mamba}}", "no JSON object"),
+        ("sweep {text} --mixer nope", "unknown mixer"),
+        ("sweep {text} --mixer fnet", "reads what follows"),
+        ("generate {run} --prompt a --batch-size 2", "--lines"),
     ],
 )
 def test_bad_input_is_one_clear_line(
     arguments: str,
     message: str,
-    finished: training.Run,
+    finished: Run,
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -381,12 +404,12 @@ def test_bad_input_is_one_clear_line(
     with pytest.raises(SystemExit) as stopped:
         _cli(monkeypatch, *arguments.format(tmp=tmp_path, text=text, run=finished.folder).split())
     errors = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 1 and all(line.startswith("  ") for line in errors[1:]), "no traceback"
+    assert stopped.value.code == 2 and all(line.startswith("  ") for line in errors[1:]), "no traceback"
     assert errors[0].startswith("error: ") and message in errors[0]
     assert not (tmp_path / "run").exists()
 
 
-def test_damaged_weights_are_refused(finished: training.Run, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused(finished: Run, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -402,7 +425,7 @@ def test_demo_tells_the_whole_story(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = functools.partial(stdlib_corpus, train_bytes=60_000, held_out_bytes=6_000)
-    monkeypatch.setattr(training, "stdlib_corpus", small)
+    monkeypatch.setattr(runs, "stdlib_corpus", small)
     monkeypatch.setattr(demonstration, "demo", tiny)
     folder = tmp_path / "demo"
     _cli(monkeypatch, "demo", "--output", folder, "--set", "steps=10")
@@ -419,7 +442,7 @@ def test_demo_tells_the_whole_story(
 def test_sweep_compares_models_of_equal_size_and_goes_on_where_it_stopped(text, tmp_path) -> None:
     """Sizes differ by less than a row of all MLPs; a finished run is not trained again; another recipe is refused."""
     recipe = override(mixer_sweep(), ["d_model=32", "n_layer=2", "seqlen=64", "steps=2", "log_every=1", "save_every=1"])
-    options = {"data": training.DataSpec.of([str(text)]), "max_bytes": 500, "console": QUIET}
+    options = {"data": DataSpec.of([str(text)]), "max_bytes": 500, "console": QUIET}
     made = run_sweep(tmp_path, recipe, mixers=["attention", "mamba"], **options)
     sizes = {row["mixer"]: row["parameters"] for row in made["sweep"]}
     assert abs(sizes["mamba"] - sizes["attention"]) <= recipe.n_layer * 3 * recipe.d_model

@@ -19,7 +19,8 @@ import typer
 from matplotlib import figure
 from test_lra_data import imdb_folder, listops_folder
 
-from seqlib.lra import cli, compare, console, leaderboard, report, seeds, speed, suite, throughput
+from seqlib.hf import console
+from seqlib.lra import cli, compare, leaderboard, report, seeds, speed, suite, throughput
 from seqlib.lra.recipes import Recipe
 
 LOADED = (compare, leaderboard, report, seeds, speed, suite, throughput, datasets, figure)  # once, before the forks

@@ -22,12 +22,12 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from seqlib.errors import ConfigError, SeqlibError
+from seqlib.hf.keep import locked
 from seqlib.hf.runs import read_metrics
 from seqlib.lra import cli, seeds
 from seqlib.lra import train as training
 from seqlib.lra.data import DataSource
 from seqlib.lra.folder import open_plan
-from seqlib.lra.keep import locked
 from seqlib.lra.prepare import prepare
 from seqlib.lra.recipes import Recipe
 
@@ -240,7 +240,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoints(tmp_path: Path, mo
 
 def test_two_runs_in_one_folder_are_kept_apart(tmp_path: Path) -> None:
     code = (
-        "import sys, time, pathlib; from seqlib.lra.keep import locked\n"
+        "import sys, time, pathlib; from seqlib.hf.keep import locked\n"
         f"with locked(pathlib.Path({str(tmp_path)!r}) / 'run'):\n    print('in', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["padding_mask", "sequence_info"]
+__all__ = ["after_tokens", "padding_mask", "sequence_info"]
 
 
 def sequence_info(
@@ -89,3 +90,11 @@ def padding_mask(batch: int, seqlen: int, seen: int, attention_mask: Any) -> Ten
             "scores and numbers of documents are not read (give the latter as seq_idx)"
         )
     return None if bool(torch.all(real)) else real
+
+
+def after_tokens(labels: Tensor, attention_mask: Any) -> Tensor:
+    """Labels with -100 where the position before is padding."""
+    batch, seqlen = labels.shape
+    width = attention_mask.shape[-1] if isinstance(attention_mask, Tensor) else 0
+    real = padding_mask(batch, seqlen, max(0, width - seqlen), attention_mask)
+    return labels if real is None else labels.masked_fill(F.pad(~real[:, :-1], (1, 0)), -100)

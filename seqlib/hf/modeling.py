@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +17,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -25,7 +25,7 @@ from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.hf.cache import SeqlibCache
 from seqlib.hf.card import Card
 from seqlib.hf.configuration import SeqlibConfig
-from seqlib.hf.inputs import padding_mask, sequence_info
+from seqlib.hf.inputs import after_tokens, padding_mask, sequence_info
 from seqlib.hf.loading import load_checked
 from seqlib.hf.names import CACHE, CACHE_NAMES, given_cache, output, refuse_unknown, returned_cache
 from seqlib.hf.rollback import Span
@@ -43,6 +43,9 @@ from seqlib.models.heads import Embedding, NumberEmbedding, finish_logits, lm_lo
 from seqlib.sequence import StateList
 
 __all__ = ["SeqlibForCausalLM", "SeqlibForSequenceClassification", "SeqlibModel", "SeqlibPreTrainedModel"]
+
+# Trainer's label smoothing compares the output with the next token for classes in this list, else with the same token.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(SeqlibConfig.model_type, "SeqlibForCausalLM")
 
 
 class SeqlibPreTrainedModel(PreTrainedModel):
@@ -322,7 +325,7 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden, logits, loss = outputs.last_hidden_state, None, None
-        labels = labels if labels is None else _after_tokens(labels, attention_mask)
+        labels = labels if labels is None else after_tokens(labels, attention_mask)
         plain = weight_is_all(self.lm_head)
         shape: dict[str, Any] = {"scale": self.config.logit_scale, "softcap": self.config.logit_softcap}
         if labels is not None and shift_labels is None and not return_logits and plain:
@@ -351,6 +354,8 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers, whose speculative decoding passes a prefix that the cache holds once more."""
+        for name in ("tokenizer", "assistant_tokenizer"):  # read by stop strings; transformers hands them on
+            kwargs.pop(name, None)
         seen = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
         whole = attention_mask is None or attention_mask.shape[-1] == input_ids.shape[1]
         if next_sequence_length is None and is_first_iteration and whole and 0 < seen < input_ids.shape[1]:
@@ -391,14 +396,6 @@ class SeqlibForCausalLM(SeqlibPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             cache.activate_past_recording()  # the other model will take drafts back
         model_kwargs[CACHE] = cache
-
-
-def _after_tokens(labels: Tensor, attention_mask: Any) -> Tensor:
-    """Labels with -100 where the position before is padding."""
-    batch, seqlen = labels.shape
-    width = attention_mask.shape[-1] if isinstance(attention_mask, Tensor) else 0
-    real = padding_mask(batch, seqlen, max(0, width - seqlen), attention_mask)
-    return labels if real is None else labels.masked_fill(F.pad(~real[:, :-1], (1, 0)), -100)
 
 
 class SeqlibForSequenceClassification(SeqlibPreTrainedModel):

@@ -6,15 +6,17 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from seqlib.errors import ConfigError
 
-__all__ = ["for_writing", "override", "read_metrics", "save_figure", "write_aside"]
+__all__ = ["for_folder", "for_writing", "is_run", "override", "read_json", "read_metrics", "save_figure", "write_aside"]
 
 R = TypeVar("R")
+T = TypeVar("T")
+_MARKS = {"recipe.json": {"recipe", "data"}, "plan.json": {"recipe", "seeds"}, "sweep.json": {"recipe", "sweep"}}
 
 
 def for_writing(path: Path | None) -> Path | None:
@@ -28,10 +30,28 @@ def for_writing(path: Path | None) -> Path | None:
     return path
 
 
+def for_folder(path: Path | None) -> Path | None:
+    """The path, for an option whose command makes a folder there in the end.
+
+    Raises:
+        ConfigError: no folder can be made or written there, which is better known before the work than after it.
+    """
+    if path is None:
+        return None
+    try:
+        there = next(part for part in (path, *path.absolute().parents) if part.exists() or part.is_symlink())
+        right = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be a folder ({error.strerror}); give another --output") from error
+    if not right:
+        raise ConfigError(f"{path} is no folder and cannot become one, or cannot be written; give another --output")
+    return path
+
+
 def write_aside(path: Path, text: str) -> None:
     """Write a small file so that a reader finds the old content or the new one, never a part."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
@@ -50,14 +70,43 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without one that a kill cut off."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The lines of a metrics file up to the first that is none, such as one that a kill cut off."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
+
+
+def read_json(path: Path, take: Callable[[Any], T]) -> T:
+    """What `take` makes of a JSON file.
+
+    Raises:
+        ConfigError: the file is no JSON, or not what `take` expects.
+    """
+    try:
+        return take(json.loads(path.read_text("utf-8")))
+    except ConfigError:  # it says more
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read ({error!r}); start a new run in another --output") from error
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder was made by one of our command lines, by the files that each leaves first."""
+    for name, keys in _MARKS.items():
+        if (folder / name).is_file():
+            try:
+                if keys <= read_json(folder / name, lambda values: values.keys()):
+                    return True
+            except (ConfigError, OSError):
+                continue
+    return False
 
 
 def override(recipe: R, settings: Sequence[str]) -> R:

@@ -26,9 +26,11 @@ def byte_alphabet() -> list[str]:
 class ByteTokenizer(PreTrainedTokenizerFast):
     """256 bytes and three specials: **the id of a byte is the byte**, so `numpy.frombuffer(data, uint8)` holds ids.
 
-    pad 256, bos 257, eos 258 (also written between documents). Nothing is added around a text, and text that spells a
-    special token is encoded as its bytes, so every text comes back from `decode` unchanged. Bytes that are not UTF-8
-    have `encode_bytes` and `decode_bytes`. Pads on the left, which batched generation wants.
+    pad 256, bos 257, eos 258 (also written between documents). Nothing is added around a text. As with every tokenizer
+    of transformers, text that spells a special token is that token, so that chat templates and trainers can write ends
+    and markers into a text; `split_special_tokens=True`, in a call or for good, takes it as its bytes. Every text comes
+    back from `decode` unchanged. Bytes that are not UTF-8 have `encode_bytes` and `decode_bytes`, which know no
+    specials. Pads on the left, which batched generation wants.
 
     It is an ordinary byte-level BPE without merges: the saved `tokenizer.json` opens with AutoTokenizer anywhere.
 
@@ -49,7 +51,7 @@ class ByteTokenizer(PreTrainedTokenizerFast):
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in self.SPECIALS])
             kwargs["tokenizer_object"] = backend
         defaults: dict[str, Any] = dict(zip(("pad_token", "bos_token", "eos_token"), self.SPECIALS))
-        defaults |= {"padding_side": "left", "split_special_tokens": True, "clean_up_tokenization_spaces": False}
+        defaults |= {"padding_side": "left", "clean_up_tokenization_spaces": False}
         super().__init__(**(defaults | kwargs))
 
     def encode_bytes(self, data: bytes) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from seqlib.layers.kept import accumulating
 from seqlib.models.backbone import param_groups
+
+from .inputs import after_tokens
+from .keep import follow_umask
+from .modeling import SeqlibForCausalLM
 
 __all__ = ["SeqlibTrainer"]
 
@@ -76,6 +81,8 @@ class SeqlibTrainer(Trainer):
     ) -> Any:
         if not return_outputs:
             inputs = self._without_logits(inputs)
+        if self.label_smoother is not None and "labels" in inputs and isinstance(self._plain(), SeqlibForCausalLM):
+            inputs = {**inputs, "labels": after_tokens(inputs["labels"], inputs.get("attention_mask"))}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def prediction_step(
@@ -85,11 +92,14 @@ class SeqlibTrainer(Trainer):
             inputs = self._without_logits(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
-    def _without_logits(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _plain(self) -> Any:
+        """The model without wrappers, PEFT's among them."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's wrapper
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _without_logits(self, inputs: dict[str, Any]) -> dict[str, Any]:
         own_loss = self.label_smoother is not None or self.compute_loss_func is not None
-        if own_loss or "labels" not in inputs or not getattr(model, "computes_loss_without_logits", False):
+        if own_loss or "labels" not in inputs or not getattr(self._plain(), "computes_loss_without_logits", False):
             return inputs
         return {**inputs, "return_logits": False}
 
@@ -109,6 +119,10 @@ class SeqlibTrainer(Trainer):
         self._staged = True
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)  # half a checkpoint only takes room
+            raise
         finally:
             self._staged, self.args.save_total_limit = False, limit
         if self.state.best_global_step == self.state.global_step:
@@ -116,6 +130,7 @@ class SeqlibTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            follow_umask(Path(staging, name))
             shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
             os.replace(os.path.join(staging, name), final)
             os.rmdir(staging)

@@ -80,7 +80,8 @@ def positive_random(x: Tensor, directions: Tensor) -> Tensor:
 def random_directions_(directions: Tensor) -> None:
     """Normal directions (nheads, m, headdim), orthogonal in blocks of headdim, which lowers the variance."""
     nheads, m, headdim = directions.shape
-    blocks = torch.randn(nheads, -(-m // headdim), headdim, headdim, device=directions.device)
+    dtype = torch.promote_types(directions.dtype, torch.float32)  # QR knows no 16-bit numbers
+    blocks = torch.randn(nheads, -(-m // headdim), headdim, headdim, device=directions.device, dtype=dtype)
     Q, R = torch.linalg.qr(blocks)
     # The signs that QR chooses would leave a preferred side.
     Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)

@@ -17,14 +17,28 @@ from seqlib.layers.steps import project
 
 __all__ = ["ACTIVATIONS", "MLP", "MLPConfig"]
 
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": _gelu_tanh,
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "identity": lambda x: x,
+    "relu2": _relu2,
+    "identity": _identity,
 }
+"""Functions with names: modules keep them, and are pickled."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from seqlib.layers.linear import Linear, is_plain
 from seqlib.layers.watched import watched
 from seqlib.ops.linear import FEW_ROWS
 
-__all__ = ["plain", "project", "why_ops_apart"]
+__all__ = ["DTYPES", "plain", "project", "why_ops_apart"]
 
-_DTYPES = {
+DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
@@ -34,7 +34,7 @@ def why_ops_apart(x: Tensor, *ops: str, device: str = "cpu", config: str = "auto
         return f"a {type(x).__name__} knows the ops only"
     if x.device.type != device:
         return f"the one call is for {device}"
-    if x.dtype not in _DTYPES[device]:
+    if x.dtype not in DTYPES[device]:
         return f"dtype is {x.dtype}"
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return "a compiler or autocast wants the parts"

@@ -14,6 +14,8 @@ gets training, decoding, caching, packing and padding, and is held to these laws
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -24,7 +26,7 @@ from seqlib.dispatch import preferred
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.sequence import SequenceInfo, State
 
-__all__ = ["Mixer", "MixerConfig", "positive", "unpadded", "wide", "wide_dtype"]
+__all__ = ["Mixer", "MixerConfig", "positive", "unpadded", "wide", "wide_dtype", "without_gradients"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,24 @@ class MixerConfig:
 C = TypeVar("C", bound=MixerConfig)
 
 
+def without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoding step, which writes into its state, kept apart from autograd."""
+
+    @functools.wraps(step)
+    def checked(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return step(self, x, *args, **kwargs)
+        if x.requires_grad:
+            raise UnsupportedInput(
+                "step writes into its state and records no gradients, and x requires them; call forward on one "
+                "position, or step under torch.no_grad()"
+            )
+        with torch.no_grad():
+            return step(self, x, *args, **kwargs)
+
+    return checked
+
+
 class Mixer(nn.Module, Generic[C]):
     """Base of all mixers: a causal map (batch, seqlen, d_model) -> the same, with a state.
 
@@ -63,8 +83,15 @@ class Mixer(nn.Module, Generic[C]):
     """Of {"packed", "padded", "bidirectional", "initial_state", "sequence_parallel"}."""
     takes_residual: ClassVar[bool] = False
     """`forward` and `step` also take `residual`, the stream that their result is added to, before its norm."""
+    reads_input: ClassVar[bool] = True
+    """The result depends on more of x than its shape; else no gradient reaches what stands before the mixer."""
     layer_type: ClassVar[str] = "linear_attention"
     """The Hugging Face name of this kind of layer: linear_attention, full_attention or sliding_attention."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "step" in vars(cls):
+            cls.step = without_gradients(cls.step)  # type: ignore[method-assign]
 
     def __init__(self, config: C, d_model: int, *, layer_index: int = 0, n_layer: int = 1, branches: int = 1) -> None:
         super().__init__()
@@ -82,7 +109,10 @@ class Mixer(nn.Module, Generic[C]):
         raise NotImplementedError
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """x: (batch, d_model). The same as `forward` on one position; may write into `state`. No gradients."""
+        """x: (batch, d_model). The same as `forward` on one position; may write into `state`.
+
+        It records no gradients, and refuses an x that asks for them: `forward` takes one position, too.
+        """
         raise NotImplementedError
 
     def added_step(self, x: Tensor, norm: nn.Module, state: Any) -> tuple[Tensor, Any]:

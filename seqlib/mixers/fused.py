@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from seqlib.layers.linear import Linear, is_plain
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.short_conv import ShortConv
-from seqlib.layers.steps import why_ops_apart
+from seqlib.layers.steps import DTYPES, why_ops_apart
 from seqlib.layers.watched import watched
 from seqlib.mixers.base import Mixer
 from seqlib.ops.linear import FEW_ROWS
@@ -34,4 +34,6 @@ def why_apart(
             return f"{type(m).__name__} is not of this library, or has hooks"
         if type(m) is Linear and not is_plain(m.weight):
             return f"a weight is a {type(m.weight).__name__}"
+        if type(m) is Linear and m.weight.dtype not in DTYPES[device]:
+            return f"a weight is {m.weight.dtype}"
     return why_ops_apart(x, *ops, device=device, config=mixer.config.backend)

@@ -48,6 +48,7 @@ class LearnedPositions(Mixer[LearnedPositionsConfig]):
     """
 
     Config: ClassVar[type[MixerConfig]] = LearnedPositionsConfig
+    reads_input: ClassVar[bool] = False
 
     def __init__(self, config: LearnedPositionsConfig, d_model: int, **place: Any) -> None:
         super().__init__(config, d_model, **place)

@@ -85,6 +85,12 @@ class Longformer(PatternAttention[LongformerConfig]):
         "q_proj", "k_proj", "v_proj", "global_q_proj", "global_k_proj", "global_v_proj",
     )  # fmt: skip
 
+    def __init__(self, config: LongformerConfig, d_model: int, **place: Any) -> None:
+        super().__init__(config, d_model, **place)
+        if not config.n_global:
+            for name in self.projections[3:]:  # nothing passes them
+                self.get_submodule(name).requires_grad_(False)
+
     def pattern(self, n: int) -> Tensor:
         c, at = self.config, torch.arange(n)
         ahead = at[None, :] - at[:, None]

@@ -87,5 +87,6 @@ class Performer(LinearTransformer):
 
 def orthogonal_features(n: int, d: int) -> Tensor:
     """(n, d) Gaussian rows, orthogonal within blocks of d."""
-    blocks = [torch.linalg.qr(torch.randn(d, d))[0].t() for _ in range(-(-n // d))]
-    return torch.cat(blocks)[:n] * torch.randn(n, d).norm(dim=1, keepdim=True)
+    f32 = torch.float32  # QR knows no 16-bit numbers, whatever the default is
+    blocks = [torch.linalg.qr(torch.randn(d, d, dtype=f32))[0].t() for _ in range(-(-n // d))]
+    return torch.cat(blocks)[:n] * torch.randn(n, d, dtype=f32).norm(dim=1, keepdim=True)

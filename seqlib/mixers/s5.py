@@ -118,4 +118,6 @@ class S5(SharedState[S5Config]):
 def _lecun(shape: tuple[int, ...], fan_in: int) -> Tensor:
     """A normal distribution cut at two deviations, of variance 1 / fan_in."""
     deviation = fan_in**-0.5 / 0.87962566  # that of the cut one is smaller
-    return nn.init.trunc_normal_(torch.empty(shape), std=deviation, a=-2 * deviation, b=2 * deviation)
+    return nn.init.trunc_normal_(
+        torch.empty(shape, dtype=torch.float32), std=deviation, a=-2 * deviation, b=2 * deviation
+    )

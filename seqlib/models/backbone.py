@@ -13,6 +13,7 @@ from seqlib.errors import UnsupportedInput
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.watched import watched
 from seqlib.mixers import Mixer
+from seqlib.mixers.base import without_gradients
 from seqlib.mixers.compose import share
 from seqlib.models.aside import Aside, AsideState
 from seqlib.models.block import Block
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
         x, *tensors = self._gradient_checkpointing_func(run, x, first, *given)
         return x, _filled(made[0], tensors)
 
-    @torch.no_grad()
+    @without_gradients
     def step(self, x: Tensor, state: StateList, depth: int | None = None) -> tuple[Tensor, StateList]:
         """One position, x: (batch, d_model). Writes into `state` and returns it."""
         state = state.writable()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from seqlib.layers.moe import channel_mixer
 from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import build_mixer
+from seqlib.mixers.base import without_gradients
 from seqlib.models.aside import AsideState, AsideUse
 from seqlib.models.config import BackboneConfig
 from seqlib.sequence import SequenceInfo, State
@@ -34,6 +34,8 @@ class Block(nn.Module):
             self.use = AsideUse(config.aside, config.d_model)
         branches = 1 if mlp is None else 2
         self.mixer = build_mixer(mixer, config.d_model, layer_index, config.n_layer, branches=branches)
+        if not self.mixer.reads_input and self.block.norm == "pre":
+            self.norm.requires_grad_(False)  # nothing reaches it, which data-parallel training would wait for
         scaled = self.block.mixer_skip != 1 or self.block.mixer_scale != 1
         self.plain = self.use is None and self.block.norm == "pre" and not scaled and not self.mixer.takes_residual
         self.mlp_norm: RMSNorm | None = None
@@ -56,7 +58,7 @@ class Block(nn.Module):
             after = AsideState(kv, after)
         return self._mlp(self._mixed(x, y)), after
 
-    @torch.no_grad()
+    @without_gradients
     def step(self, x: Tensor, state: Any, first: Any = None, block: Any = None) -> tuple[Tensor, State]:
         if self.plain:
             x, state = self.mixer.added_step(x, self.norm, state)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it was over there."""
+"""Which checkpoint a run goes on from: the last one that is whole and of its model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from transformers import TrainerState
 
 from seqlib.errors import SeqlibError
 
-from .recipes import Recipe
-
-__all__ = ["Checkpoint", "is_over", "last_whole"]
+__all__ = ["Checkpoint", "last_whole"]
 
 _WEIGHTS, _STATE, _OPTIMIZER, _SCHEDULE = "model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt"
-_ARCHIVES = (_OPTIMIZER, _SCHEDULE, "rng_state.pth", "training_args.bin")
+_ARCHIVES = (_OPTIMIZER, _SCHEDULE, "training_args.bin")
 _MODEL = ("vocab_size", "d_model", "n_layer", "layer_pattern", "mixers", "mlp", "embedding", "pooling", "pair_head")
 
 
@@ -32,25 +30,27 @@ class Checkpoint:
     Args:
         path: its folder, named checkpoint-STEP.
         model: what it must hold the weights of.
+        needs_best: the best checkpoint so far is needed too, because its weights are taken in the end.
 
     Raises:
         SeqlibError: a file is missing, damaged or of another model; says which.
     """
 
-    def __init__(self, path: Path, model: nn.Module) -> None:
+    def __init__(self, path: Path, model: nn.Module, needs_best: bool = True) -> None:
         self.path = path
         self.step = int(path.name.rpartition("-")[2])
         self.state = self._read_state()
         _check_config(path / "config.json", model)
         _check_weights(path / _WEIGHTS, model)
-        for name in _ARCHIVES:
+        states = [p.name for p in path.glob("rng_state_*.pth")] or ["rng_state.pth"]  # one per process
+        for name in (*_ARCHIVES, *states):
             _check_archive(path / name)
         self._check_optimizer(model)
         self.best = self.path
         if self.state.best_model_checkpoint is not None:  # by name, because a run folder may be moved
             self.best = path.parent / Path(self.state.best_model_checkpoint).name
-            self.state.best_model_checkpoint = str(self.best)
-            if self.best != path:
+            self.state.best_model_checkpoint = str(self.best) if self.best.is_dir() else None
+            if needs_best and self.best != path:
                 _check_weights(self.best / _WEIGHTS, model)
 
     def _read_state(self) -> TrainerState:
@@ -80,17 +80,20 @@ class Checkpoint:
             raise SeqlibError(f"{path} is not of step {self.step}")
 
 
-def last_whole(folder: Path, model: nn.Module, say: Callable[[str], None]) -> Checkpoint | None:
+def last_whole(
+    folder: Path, model: nn.Module, say: Callable[[str], None], *, needs_best: bool = True
+) -> Checkpoint | None:
     """The latest checkpoint in `folder` that can be gone on from; None where there is none.
 
     Args:
+        needs_best: as for `Checkpoint`.
         say: told why a later one is passed over, and from where the run goes on.
     """
     paths = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     refused = False
     for path in sorted(paths, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         try:
-            found = Checkpoint(path, model)
+            found = Checkpoint(path, model, needs_best)
         except SeqlibError as error:
             say(f"{path.name} is passed over: {error}")
             refused = True
@@ -101,15 +104,6 @@ def last_whole(folder: Path, model: nn.Module, say: Callable[[str], None]) -> Ch
     if refused:
         say("no checkpoint is whole; training begins again")
     return None
-
-
-def is_over(state: TrainerState, recipe: Recipe) -> bool:
-    """Whether training had ended when the checkpoint was written."""
-    solved = any(row.get("eval_accuracy", 0.0) >= recipe.enough for row in state.log_history)
-    callbacks: Any = state.stateful_callbacks or {}
-    stopping = callbacks.get("EarlyStoppingCallback")
-    waited = stopping["attributes"]["early_stopping_patience_counter"] if isinstance(stopping, dict) else 0
-    return state.global_step >= recipe.steps or (recipe.enough < 1 and solved) or (0 < recipe.patience <= waited)
 
 
 def _check_config(path: Path, model: Any) -> None:

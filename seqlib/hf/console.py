@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-import typer
 from safetensors import SafetensorError
 
 from seqlib.errors import SeqlibError
@@ -27,20 +28,26 @@ def quiet() -> None:
 
 
 @contextlib.contextmanager
-def interruptible(remedy: str) -> Iterator[None]:
-    """Turn Ctrl-C into a line that says how to go on."""
+def interruptible(remedy: str | Callable[[], str]) -> Iterator[None]:
+    """Turn Ctrl-C into a line that says how to go on, with a remedy that may depend on what is there then."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {remedy}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        print(f"\ninterrupted; {remedy if isinstance(remedy, str) else remedy()}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def run(app: Callable[[], None]) -> None:
     """Run a command line; what the user can do something about is one line, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold anything
+            stream.reconfigure(errors="backslashreplace")
     try:
         quiet()
         app()
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (SeqlibError, OSError, SafetensorError, MemoryError) as error:
         _stop(str(error) or "out of memory; take a smaller model, batch or data set")
     except UnicodeError as error:
