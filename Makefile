@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := python -m pip --quiet --disable-pip-version-check
 JOBS ?= 2
 
-.PHONY: demo test test-long test-newest test-gpu lock suite check bench bench-gpu native sanitize-gpu peers clean
+.PHONY: demo test test-long test-newest test-gpu lock suite check bench bench-gpu native wheel sanitize-gpu peers clean
 
 # Rebuilt only when what is asked for changes. TORCH is installed first so that a plain CPU build is used.
 .venv/installed: pyproject.toml $(CONSTRAINTS)
@@ -80,6 +80,10 @@ peers: .venv/installed
 
 native: .venv/installed
 	$(BIN)/python -m seqlib.native build
+
+# With every instruction set in it, so that nothing is compiled where it is installed. It is put into dist.
+wheel: .venv/installed
+	$(BIN)/python -m seqlib.native wheel
 
 clean:
 	rm -rf .venv .venv-newest build dist *.egg-info seqlib/_lib
