@@ -10,7 +10,7 @@ JOBS ?= 2
 # 5.24 renamed the cache; 5.17 also has the older huggingface_hub and httpx.
 TRANSFORMERS ?= 5.17.0 5.23.0 5.24.0
 
-.PHONY: demo test test-long test-newest test-transformers test-gpu lock suite check bench bench-gpu native sanitize-gpu peers clean
+.PHONY: demo test test-long test-newest test-transformers test-gpu lock suite check bench bench-gpu native wheel sanitize-gpu peers clean
 
 # Rebuilt only when what is asked for changes. TORCH is installed first so that a plain CPU build is used.
 .venv/installed: pyproject.toml $(CONSTRAINTS)
@@ -97,6 +97,10 @@ peers: .venv/installed
 
 native: .venv/installed
 	$(BIN)/python -m seqlib.native build
+
+# With every instruction set in it, so that nothing is compiled where it is installed. It is put into dist.
+wheel: .venv/installed
+	$(BIN)/python -m seqlib.native wheel
 
 clean:
 	rm -rf .venv .venv-newest .venv-transformers-* build dist *.egg-info seqlib/_lib

@@ -120,7 +120,7 @@ class ProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.bar:
-            self.bar.update(self.task, completed=state.global_step)
+            self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         logs, row = logs or {}, self.metrics.latest

@@ -27,6 +27,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import tomllib
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "object_file",
     "sources",
+    "wheel",
     "why_unavailable",
 ]
 
@@ -412,14 +414,53 @@ def _install(target: str, arch: Sequence[str]) -> Path:
     return library
 
 
+def wheel(folder: Path, *, isolated: bool = True) -> Path:
+    """Make a wheel of this checkout that needs no compiler: it holds a CPU library with every instruction set.
+
+    The libraries know torch's stable ABI but no Python, so the wheel is tagged for this platform and any Python 3.
+
+    Args:
+        folder: where to put it.
+        isolated: fetch setuptools as pip does; otherwise that of this environment is taken.
+
+    Raises:
+        NativeUnavailable: this is no checkout, or a compiler, pip or setuptools says no.
+    """
+    root = _PACKAGE.parent
+    if not (root / "pyproject.toml").is_file():
+        raise NativeUnavailable(f"a wheel is made of a checkout, and {root} is none; clone the repository")
+    _install("cpu", instruction_sets(all_sets=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        # A build folder of its own: what an earlier one left in build/ would be shipped too.
+        options = (f"--plat-name={sysconfig.get_platform()}", "build", f"--build-base={aside}")
+        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", aside]
+        pip += [f"--config-settings=--build-option={option}" for option in options]
+        done = subprocess.run(
+            [*pip, *([] if isolated else ["--no-build-isolation"]), str(root)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        made = list(Path(aside).glob("*.whl"))
+        if done.returncode or len(made) != 1:
+            raise NativeUnavailable(f"pip made no wheel of {root}:\n{done.stderr.strip() or made}")
+        return made[0].replace(folder / made[0].name)
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(prog="python -m seqlib.native", description="the compiled kernels of this machine")
-    parser.add_argument("command", choices=("status", "build"), nargs="?", default="status")
+    parser.add_argument(
+        "command", choices=("status", "build", "wheel"), nargs="?", default="status",
+        help="status: which library runs here; build: compile one into the package; wheel: ship it",
+    )  # fmt: skip
     parser.add_argument("--target", default="cpu", choices=TARGETS)
     parser.add_argument(
         "--arch",
         help="what to build for: instruction sets, such as avx2,portable (default: all), or with --target cuda "
         "devices, such as sm_80,sm_90 (default: those of this machine)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the wheel (default: dist)")
+    parser.add_argument(
+        "--no-build-isolation", action="store_true", help="make the wheel with the setuptools of this environment"
     )
     options = parser.parse_args()
     arch = tuple(options.arch.split(",")) if options.arch else ()
@@ -428,7 +469,12 @@ def _main() -> None:
         parser.error("--arch goes with --target cpu or cuda")
     if options.target == "cpu" and (unknown := [name for name in arch if name not in known]):
         parser.error(f"unknown instruction set {unknown[0]!r}; this kind of machine has {', '.join(known)}")
+    if options.command == "wheel" and (arch or options.target != "cpu"):
+        parser.error("a wheel holds a cpu library with every instruction set; leave --target and --arch out")
     try:
+        if options.command == "wheel":
+            print(wheel(options.output, isolated=not options.no_build_isolation))
+            return
         if options.command == "build":
             default = known if options.target == "cpu" else _wanted(options.target)
             print(_install(options.target, arch or default))

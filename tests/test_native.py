@@ -343,19 +343,22 @@ def test_what_older_sources_left_in_the_package_goes(small: Path, nothing_built)
 @needs_compiler
 @pytest.mark.slow
 def test_a_wheel_with_the_library_needs_no_compiler(tmp_path: Path) -> None:
-    """`python -m seqlib.native build`, then a wheel: in an empty environment an op runs the prebuilt loops."""
+    """`python -m seqlib.native wheel`: in an empty environment an op runs the prebuilt loops."""
     root = Path(__file__).resolve().parent.parent
     source, wheels, home = tmp_path / "source", tmp_path / "wheels", tmp_path / "home"
     ignored = shutil.ignore_patterns(".*", "_lib", "__pycache__", "build", "dist", "runs", "*.egg-info")
     shutil.copytree(root, source, ignore=ignored)
-    subprocess.run([sys.executable, "-m", "seqlib.native", "build"], cwd=source, check=True)
+    (source / "build" / "lib" / "seqlib").mkdir(parents=True)
+    (source / "build" / "lib" / "seqlib" / "left.py").write_text("")  # by an earlier build; it is not shipped
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--quiet", "--no-deps", "--no-build-isolation", "-w", wheels],
+        [sys.executable, "-m", "seqlib.native", "wheel", "--no-build-isolation", "--output", wheels],
         cwd=source, check=True,
     )  # fmt: skip
     (wheel,) = wheels.iterdir()
     assert re.fullmatch(r"seqlib-[\d.]+-py3-none-(manylinux|linux|macosx)_\w+\.whl", wheel.name)
-    held = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("seqlib/_lib/")]
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "seqlib/left.py" not in names and "seqlib/native.py" in names
+    held = [name for name in names if name.startswith("seqlib/_lib/")]
     assert len(held) == 1 and set(native.instruction_sets(all_sets=True)) <= set(held[0].split("-"))
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
@@ -381,6 +384,31 @@ def test_a_wheel_with_the_library_needs_no_compiler(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(site / held[0]), native.instruction_sets()[0]]
+
+
+def test_a_wheel_is_made_of_a_checkout(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path / "seqlib")
+    with pytest.raises(NativeUnavailable, match="a wheel is made of a checkout, and .* is none; clone"):
+        native.wheel(tmp_path / "dist")
+
+
+def test_what_pip_says_is_shown(monkeypatch, tmp_path: Path) -> None:
+    """And no half of a wheel stays."""
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path / "seqlib")
+    monkeypatch.setattr(native, "sources", lambda: KERNELS)
+    monkeypatch.setattr(native, "_install", lambda *_: None)
+    (tmp_path / "pyproject.toml").write_text("[build-system]\nrequires = []\nbuild-backend = 'no_such_backend'\n")
+    with pytest.raises(NativeUnavailable, match="(?s)pip made no wheel of .*no_such_backend"):
+        native.wheel(tmp_path / "dist", isolated=False)
+    assert not list((tmp_path / "dist").iterdir())
+
+
+@pytest.mark.parametrize("options", [["--arch", "avx2"], ["--target", "cuda"]])
+def test_a_wheel_has_every_set(options: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["native", "wheel", *options])
+    with pytest.raises(SystemExit):
+        native._main()
+    assert "a wheel holds a cpu library with every instruction set" in capsys.readouterr().err
 
 
 def test_instruction_set_is_checked() -> None:

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "parallel.h"
 #include "steps.h"
 
 namespace seqlib {
@@ -120,7 +121,7 @@ struct Call {
   void run(Kernel kernel) const {
     const int64_t blocks = (args.d + conv_block - 1) / conv_block, tasks = args.partitions * blocks;
     const int64_t work = tasks ? x.numel() / tasks : 1;
-    torch::stable::parallel_for(0, tasks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work)),
+    parallel(tasks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work)),
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 
@@ -190,7 +191,7 @@ Tensor causal_conv1d_step(const Tensor& x, const Tensor& weight, const OptTensor
   const ConvStepArgs a{xs.data_ptr(), w.data_ptr(), data<char>(b), state.data_ptr(), y.data_ptr(), x.size(0), x.size(1),
                        w.size(1), xs.stride(0), is_bf16(x), silu, is_bf16(w), b && is_bf16(*b)};
   const int64_t blocks = (a.d + conv_block - 1) / conv_block;
-  torch::stable::parallel_for(0, blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.batch * conv_block)),
+  parallel(blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.batch * conv_block)),
                               [&](int64_t begin, int64_t end) { causal_conv1d_step_for()(a, begin, end); });
   return y;
 }

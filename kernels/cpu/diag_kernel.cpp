@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "parallel.h"
 #include "seqlib.h"
 
 namespace seqlib {
@@ -30,7 +31,7 @@ Tensor diag_kernel(const Tensor& log_decay, const Tensor& weight, int64_t length
   DiagKernelArgs a = arguments(log_decay, weight, length);
   Tensor kernel = empty_f32(weight, {weight.size(0), a.c, length});
   a.kernel = data<float>(kernel);
-  torch::stable::parallel_for(0, weight.size(0), grain(a),
+  parallel(weight.size(0), grain(a),
                               [&](int64_t begin, int64_t end) { diag_kernel_fwd_for()(a, begin, end); });
   return kernel;
 }
@@ -42,7 +43,7 @@ std::tuple<Tensor, Tensor> diag_kernel_bwd(const Tensor& dkernel_, const Tensor&
   a.dkernel = data<float>(dkernel);
   Tensor dlog_decay = empty_as(log_decay), dweight = empty_as(weight);
   a.dlog_decay = data<double>(dlog_decay), a.dweight = data<float>(dweight);
-  torch::stable::parallel_for(0, weight.size(0), grain(a),
+  parallel(weight.size(0), grain(a),
                               [&](int64_t begin, int64_t end) { diag_kernel_bwd_for()(a, begin, end); });
   return {dlog_decay, dweight};
 }
@@ -63,7 +64,7 @@ Tensor diag_step(const Tensor& x, const Tensor& decay, const Tensor& B, const Te
   a.x = data<float>(x), a.decay = data<float>(decay), a.B = data<float>(B), a.C = data<float>(C), a.D = data<float>(D);
   a.state = data<float>(state), a.y = data<float>(y);
   const int64_t blocks = (a.d + diag_step_block - 1) / diag_step_block;
-  torch::stable::parallel_for(0, x.size(0) * blocks, std::max<int64_t>(1, 65536 / (diag_step_block * a.m)),
+  parallel(x.size(0) * blocks, std::max<int64_t>(1, 65536 / (diag_step_block * a.m)),
                               [&](int64_t begin, int64_t end) { diag_step_for()(a, begin, end); });
   return y;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "parallel.h"
 #include "seqlib.h"
 
 namespace seqlib {
@@ -30,7 +31,7 @@ struct Call {
   void pack(int64_t panels, int64_t depth, Kernel kernel) {
     packed = empty_f32(weight, {panels, depth, 64});
     args.packed = data<float>(packed);
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    parallel(panels, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 };
 
@@ -42,7 +43,7 @@ std::tuple<Tensor, Tensor> gelu_glu(const Tensor& x, const Tensor& weight, const
   shape.back() = a.d_out;
   Tensor y = empty_f32(x, shape), mixed = empty_f32(x, {keep ? a.rows : 0, 2 * a.d_out});
   a.y = data<float>(y), a.mixed = keep ? data<float>(mixed) : nullptr;
-  torch::stable::parallel_for(0, (a.rows + gelu_glu_rows - 1) / gelu_glu_rows, 1,
+  parallel((a.rows + gelu_glu_rows - 1) / gelu_glu_rows, 1,
                               [&](int64_t begin, int64_t end) { gelu_glu_fwd_for()(a, begin, end); });
   return {y, mixed};
 }
@@ -59,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> gelu_glu_bwd(const Tensor& dy_, const Tensor&
   Tensor dbias = empty_f32(x, {a.parts, 2 * a.d_out});
   a.dy = data<float>(dy), a.mixed = data<float>(mixed);
   a.dx = data<float>(dx), a.dweight = data<float>(dweight), a.dbias = data<float>(dbias);
-  torch::stable::parallel_for(0, a.parts, 1, [&](int64_t begin, int64_t end) { gelu_glu_bwd_for()(a, begin, end); });
+  parallel(a.parts, 1, [&](int64_t begin, int64_t end) { gelu_glu_bwd_for()(a, begin, end); });
   std::vector<int64_t> over{0};
   return {dx, torch::stable::sum(dweight, over), torch::stable::sum(dbias, over)};
 }

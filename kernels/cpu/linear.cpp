@@ -4,6 +4,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "parallel.h"
 #include "steps.h"
 
 #if defined(__linux__)
@@ -76,7 +77,7 @@ Tensor linears(const Tensor& x, const std::vector<Tensor>& weights, const std::v
     at += a.d_out;
   }
   const int64_t grain = std::max<int64_t>(16, 262144 / d_in);  // 1 MB: less is done before a thread wakes up
-  torch::stable::parallel_for(0, d_out, grain, [&](int64_t begin, int64_t end) {
+  parallel(d_out, grain, [&](int64_t begin, int64_t end) {
     for (const LinearArgs& a : maps) {
       if (begin < a.d_out && end > 0) linear_fwd_for()(a, std::max<int64_t>(begin, 0), std::min(end, a.d_out));
       begin -= a.d_out;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "parallel.h"
 #include "steps.h"
 
 namespace seqlib {
@@ -134,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
 #if defined(__x86_64__) || defined(_M_X64)
   if (isa() == Isa::avx512bf16 && a.v.bf16 && !call.per_channel) kernel = avx512bf16::linear_attention_fwd;
 #endif
-  torch::stable::parallel_for(0, tasks * a.parts, grain,
+  parallel(tasks * a.parts, grain,
                               [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return {y, final, checkpoints};
 }
@@ -175,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
   g.dinitial = data<float>(dinitial);
   const int64_t grain = std::max<int64_t>(1, 20000 / call.work(a.headdim));
   const auto kernel = call.per_channel ? linear_attention_channel_bwd_for() : linear_attention_bwd_for();
-  torch::stable::parallel_for(0, a.batch * a.nheads, grain,
+  parallel(a.batch * a.nheads, grain,
                               [&](int64_t begin, int64_t end) { kernel(g, begin, end); });
   auto over = [](const Tensor& t, int64_t axis) { return torch::stable::sum(t, std::vector<int64_t>{axis}); };
   auto per_head = [&](const Tensor& t, int64_t shared) {
@@ -213,7 +214,7 @@ Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
   a.scale = static_cast<float>(scale);
   Tensor y = torch::stable::new_empty(v, {v.size(0), a.nheads, a.headdim});
   a.y = heads(y, a.nheads);
-  torch::stable::parallel_for(0, v.size(0) * a.nheads, std::max<int64_t>(1, 40000 / (a.d_state * a.headdim)),
+  parallel(v.size(0) * a.nheads, std::max<int64_t>(1, 40000 / (a.d_state * a.headdim)),
                               [&](int64_t begin, int64_t end) { linear_attention_step_for()(a, begin, end); });
   return y;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "parallel.h"
 #include "seqlib.h"
 
 namespace seqlib {
@@ -93,7 +94,7 @@ struct Call {
   template <class Kernel, class Args>
   void run(Kernel kernel, const Args& args_) const {
     const int64_t grain = std::max<int64_t>(1, 32768 / (args.block * args.seqlen));
-    torch::stable::parallel_for(0, batch * args.blocks, grain,
+    parallel(batch * args.blocks, grain,
                                 [&](int64_t begin, int64_t end) { kernel(args_, begin, end); });
   }
 };

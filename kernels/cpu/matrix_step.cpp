@@ -8,6 +8,7 @@
 #include "delta_rule.h"
 #include "linear_attention.h"
 #include "norm.h"
+#include "parallel.h"
 #include "steps.h"
 
 namespace seqlib {
@@ -65,7 +66,7 @@ void attend(const Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v, c
   a.d_state = s.d_state;
   a.headdim = s.headdim;
   a.scale = static_cast<float>(scale);
-  torch::stable::parallel_for(0, s.batch * s.nheads, std::max<int64_t>(1, 40000 / (s.d_state * s.headdim)),
+  parallel(s.batch * s.nheads, std::max<int64_t>(1, 40000 / (s.d_state * s.headdim)),
                               [&](int64_t begin, int64_t end) { linear_attention_step_for()(a, begin, end); });
 }
 
@@ -92,7 +93,7 @@ void correct(const Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v, 
                         !log_decay ? Decay::none : channels ? Decay::channel : Decay::token,
                         is_bf16(v)};
   STD_TORCH_CHECK(a.v.group == 1, "v must have ", s.nheads, " heads");
-  torch::stable::parallel_for(0, gates, std::max<int64_t>(1, 32768 / (s.d_state * s.headdim)),
+  parallel(gates, std::max<int64_t>(1, 32768 / (s.d_state * s.headdim)),
                               [&](int64_t begin, int64_t end) { delta_rule_step_for()(a, begin, end); });
 }
 

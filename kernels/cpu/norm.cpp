@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "parallel.h"
 #include "steps.h"
 
 namespace seqlib {
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const OptTensor& weight, co
   a.rstd = data<float>(rstd);
   a.eps = static_cast<float>(eps);
   const int64_t grain = std::max<int64_t>(1, 32768 / a.width);
-  torch::stable::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) { rms_norm_fwd_for()(a, begin, end); });
+  parallel(a.rows, grain, [&](int64_t begin, int64_t end) { rms_norm_fwd_for()(a, begin, end); });
   return {y, rstd};
 }
 
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& 
   a.dx = dx.data_ptr();
   a.dgate = dgate.data_ptr();
   a.dweight = needs_weight ? data<float>(dweights) : nullptr;
-  torch::stable::parallel_for(0, a.partitions, 1,
+  parallel(a.partitions, 1,
                               [&](int64_t begin, int64_t end) { rms_norm_bwd_for()(a, begin, end); });
   std::vector<int64_t> over{0};
   Tensor dweight = needs_weight ? torch::stable::sum(dweights, over) : empty_f32(x, {0});

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "parallel.h"
 #include "steps.h"
 
 namespace seqlib {
@@ -125,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(
   while (a.block > 16 && a.batch * a.groups * blocks(a.block) < threads) a.block /= 2;
   a.blocks = blocks(a.block);
   const int64_t work = a.seqlen * std::min(a.block, per_group) * (a.d_state + 4);
-  torch::stable::parallel_for(0, a.batch * a.groups * a.blocks, std::max<int64_t>(1, 40000 / work),
+  parallel(a.batch * a.groups * a.blocks, std::max<int64_t>(1, 40000 / work),
                               [&](int64_t begin, int64_t end) { selective_scan_fwd_for()(a, begin, end); });
   return {y, final, checkpoints};
 }
@@ -165,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   g.dB = data<float>(dB);
   g.dC = data<float>(dC);
   const int64_t work = a.seqlen * (a.d_inner / a.groups / g.parts + 1) * (a.d_state + 4);
-  torch::stable::parallel_for(0, a.batch * a.groups * g.parts, std::max<int64_t>(1, 10000 / work),
+  parallel(a.batch * a.groups * g.parts, std::max<int64_t>(1, 10000 / work),
                               [&](int64_t begin, int64_t end) { selective_scan_bwd_for()(g, begin, end); });
   auto over = [](const Tensor& t, int64_t axis) { return torch::stable::sum(t, std::vector<int64_t>{axis}); };
   return {dx, ddt, over(dA, 0), over(dB, 2), over(dC, 2), over(dD, 0), dz, over(dbias, 0), dinitial};
@@ -208,7 +209,7 @@ Tensor selective_scan_step(const Tensor& x, const Tensor& dt, const Tensor& A, c
   STD_TORCH_CHECK((C.dim() == 3 ? C.size(1) : 1) == a.groups, "B and C must have the same number of groups");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   a.y = y.data_ptr();
-  torch::stable::parallel_for(0, x.size(0) * a.d_inner, std::max<int64_t>(64, 40000 / a.d_state),
+  parallel(x.size(0) * a.d_inner, std::max<int64_t>(64, 40000 / a.d_state),
                               [&](int64_t begin, int64_t end) { selective_scan_step_for()(a, begin, end); });
   return y;
 }
