@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(SEQLIB_LIBRARY, m) {
   m.def("long_conv(Tensor x, Tensor kernel, Tensor? D, Tensor? reverse_kernel, Tensor? state) -> Tensor");
   m.def("long_conv_bwd(Tensor dy, Tensor x, Tensor kernel, Tensor? D, Tensor? reverse_kernel, Tensor? state) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_attention(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? spans, float scale, bool keep) -> (Tensor, Tensor, Tensor)");
-  m.def("linear_attention_bwd(Tensor dy, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? spans, Tensor final_state, Tensor checkpoints, float scale, bool needs_decay) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_attention_bwd(Tensor dy, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? spans, Tensor checkpoints, float scale, bool needs_decay) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, float scale) -> Tensor");
   m.def("mamba_step(Tensor x, Tensor in_proj, Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, Tensor dt_bias, Tensor A, Tensor D, Tensor out_proj, Tensor? out_bias, Tensor(a!) conv_state, Tensor(b!) state) -> Tensor");
   m.def("matrix_step(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? log_decay, Tensor(a!) state, float scale, bool unit, str norm, Tensor? norm_weight, Tensor? gate, str activation, int group_size, float eps, Tensor weight, Tensor? bias) -> Tensor");

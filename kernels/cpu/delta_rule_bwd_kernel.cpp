@@ -6,7 +6,7 @@
 //     dqk_ts = dy_t . u_s     dkk_ts = -de_t . u_s     G' = E_3 G + sum_t (E q)_t dy_t^T - (E k)_t de_t^T
 //
 // What multiplies decays is then taken apart per entry of d_state, where the gradient of a log decay is the sum of
-// everything that it scales.
+// everything that it scales, and of nothing else: taken from larger sums, what strong decays leave would be rounded away.
 #include "delta_rule_tile.h"
 
 namespace seqlib::SEQLIB_ISA {
@@ -210,7 +210,8 @@ struct Backward {
       decay[t] = D == Decay::token && t < count ? decay_at<D>(a, at, begin + t, 0) : splat(1.0f);
     for (int64_t n = 0; n < a.d_state; n += W) {
       const int64_t left = a.d_state - n;
-      vf k[C], q[C], dk[C], dq[C], read_out[C], carried[C], in = splat(1.0f);
+      vf k[C], q[C], dk[C], dq[C], carried[C], in = splat(1.0f);
+      vf scaled[C] = {};  // what decay t scales: reads of the state from t on, writes before t, pairs on both sides
 #pragma GCC unroll 4
       for (int t = 0; t < C; ++t) {
         k[t] = t < count ? get(a.k.at<T>(at.b, begin + t, at.h) + n, left) : vf{};
@@ -219,30 +220,35 @@ struct Backward {
         in *= decay[t];
         dk[t] = load(made.dot[C + t] + n) * in;
         dq[t] = load(made.dot[2 * C + t] + n) * in * a.scale;
+        vf since = k[t] * dk[t] + q[t] * dq[t];
         for (int s = 0; s < t; ++s) {
+          scaled[s] += since;
           carried[s] *= decay[t];
-          dk[t] += carried[s] * dkk[t][s];
-          dq[t] += carried[s] * dqk[t][s];
+          const vf key = carried[s] * dkk[t][s], query = carried[s] * dqk[t][s];
+          dk[t] += key;
+          dq[t] += query;
+          since += k[t] * key + q[t] * query;
         }
+        scaled[t] += since;
         carried[t] = k[t];
-        read_out[t] = k[t] * dk[t] + q[t] * dq[t];
         dq[t] += k[t] * dqk[t][t];
       }
-      vf scaled = load(made.dot[3 * C] + n) * in;
-      if constexpr (D != Decay::none)
-        for (int s = 0; s < C; ++s) scaled += carried[s] * load(made.dot[s] + n);
+      vf before = load(made.dot[3 * C] + n) * in;
 #pragma GCC unroll 4
-      for (int t = C - 1; t >= 0; --t) {
+      for (int t = 0; t < C; ++t) {
+        if constexpr (D != Decay::none) {
+          scaled[t] += before;
+          before += carried[t] * load(made.dot[t] + n);
+        }
         vf written = load(made.dot[t] + n);
         for (int r = C - 1; r > t; --r) written = (written + k[r] * dkk[r][t] + q[r] * dqk[r][t]) * decay[r];
-        scaled += read_out[t] - k[t] * written;
         dk[t] += written + q[t] * dqk[t][t];
         if (t >= count) continue;
         const int64_t to = (token + t * a.nheads) * a.d_state + n;
         put(g.dk + to, dk[t], left);
         put(g.dq + to, dq[t], left);
-        if constexpr (D == Decay::channel) put(g.dlog_decay + to, scaled, left);
-        if constexpr (D == Decay::token) dlog[t] += scaled;
+        if constexpr (D == Decay::channel) put(g.dlog_decay + to, scaled[t], left);
+        if constexpr (D == Decay::token) dlog[t] += scaled[t];
       }
     }
     if constexpr (D == Decay::token)

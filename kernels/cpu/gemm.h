@@ -14,16 +14,24 @@
 namespace seqlib::SEQLIB_ISA {
 namespace {
 
+// Vectors of the widest tile. Four rows of three make 12 sums, 3 vectors of the right factor and one number of the left:
+// all 16 registers of AVX2. With 32 registers, four rows of four.
 #if defined(__AVX512F__)
 constexpr int kTileVectors = 4;
 #else
-constexpr int kTileVectors = 2;
+constexpr int kTileVectors = 3;
 #endif
 constexpr int kRows = 8;  // rows of products come in multiples of this
 
 // Rows of a tile of V vectors: enough sums to hide the latency of an FMA, few enough to stay in registers.
 template <int V>
 constexpr int rows_of = V <= kTileVectors / 2 ? 8 : 4;
+
+// How wide the next tile is: a last tile of one vector would load a number of the left factor for every FMA.
+constexpr int64_t tile_width(int64_t vectors) {
+  if (vectors == kTileVectors + 1) return (vectors + 1) / 2;
+  return std::min<int64_t>(vectors, kTileVectors);
+}
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 constexpr int64_t padded(int64_t n) { return round_up(n, std::max(W, kRows)); }
@@ -56,18 +64,28 @@ inline __attribute__((always_inline)) void each(Tile<R, V>& c, F&& f) {
     for (int v = 0; v < V; ++v) f(c[r][v], r, v);
 }
 
+// A function of its own: inlined, its sums would compete for registers with all that is alive around it.
 template <int V, class F>
-inline void down_rows(int64_t rows, int64_t column, F&& f) {
+__attribute__((noinline)) void down_rows(int64_t rows, int64_t column, F& f) {
   constexpr int R = rows_of<V>;
   for (int64_t i = 0; i < rows; i += R) f.template operator()<R, V>(i, column);
 }
 
-// Calls f<R, V>(first row, first column) for tiles that cover `rows` (a multiple of kRows) by `vectors` vectors.
 template <int V = kTileVectors, class F>
-inline void tiles(int64_t rows, int64_t vectors, F&& f, int64_t column = 0) {
-  if constexpr (V > 0) {
-    for (; vectors >= V; vectors -= V, column += V * W) down_rows<V>(rows, column, f);
-    tiles<V - 1>(rows, vectors, f, column);
+inline void down_rows_of(int64_t width, int64_t rows, int64_t column, F& f) {
+  if constexpr (V > 1)
+    if (width < V) return down_rows_of<V - 1>(width, rows, column, f);
+  down_rows<V>(rows, column, f);
+}
+
+// Calls f<R, V>(first row, first column) for tiles that cover `rows` (a multiple of kRows) by `vectors` vectors.
+template <class F>
+inline void tiles(int64_t rows, int64_t vectors, F&& f) {
+  for (int64_t column = 0; vectors > 0;) {
+    const int64_t width = tile_width(vectors);
+    down_rows_of(width, rows, column, f);
+    column += width * W;
+    vectors -= width;
   }
 }
 

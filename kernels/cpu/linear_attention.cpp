@@ -142,11 +142,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
     const Tensor& dy, const OptTensor& dfinal, const Tensor& q, const Tensor& k, const Tensor& v,
-    const OptTensor& log_decay, const OptTensor& initial_state, const OptTensor& spans, const Tensor& final_state,
+    const OptTensor& log_decay, const OptTensor& initial_state, const OptTensor& spans,
     const Tensor& checkpoints, double scale, bool needs_decay) {
   Call call(q, k, v, log_decay, initial_state, spans, scale);
   check_f32(checkpoints, "checkpoints");
-  check_f32(final_state, "final_state");
   STD_TORCH_CHECK(checkpoints.size(0) == call.plan.checkpoints, "checkpoints are not those of the forward call");
   const Tensor dys = unit_stride(dy);
   STD_TORCH_CHECK(dys.scalar_type() == v.scalar_type(), "dy must have the dtype of v");
@@ -154,7 +153,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
   AttentionBackArgs g{};
   g.of = call.args;
   AttentionArgs& a = g.of;
-  a.final = data<float>(final_state);
   a.checkpoints = data<float>(checkpoints);
   g.dy = heads(dys, a.nheads);
   g.dfinal = data<float>(dlast);

@@ -2,7 +2,9 @@
 //
 // With S the state that enters a chunk, D the gradient of the one that leaves it, P the scores and dP theirs:
 //   dq = dP k + seen dy S'    dk = dP' q + left v D'    dv = P' dy + left k D    D <- passed D + (seen q)' dy
-// log_decay needs no product of its own: sum_{s >= t} (q_s dq_s - k_s dk_s) + <state that leaves, D>.
+// The decay of position i scales what passes from before i to i and later, so its gradient is a sum of four parts:
+//   passed <S, D> + sum_{t >= i} q_t (seen dy S')_t + sum_{s < i} k_s (left v D')_s + sum_{t >= i > s} (P dP)_ts
+// Differences of q dq and k dk would need no (P dP), but what strong decays leave is lost in their rounding.
 #include "linear_attention_chunk.h"
 
 namespace seqlib::SEQLIB_ISA {
@@ -11,9 +13,9 @@ namespace {
 struct Buffers {
   int64_t n, p;
   Scratch scratch;
-  float *q, *kt, *k_left, *dy, *dy_seen, *scores, *dscores, *terms;
+  float *q, *kt, *k_left, *dy, *dy_seen, *scores, *dscores;
+  float *within, *into, *out_of;  // parts of the gradient of log_decay: P dP; lanes of sums by t; by s
   float *dstate, *dstate_t;    // d_state x headdim, and transposed
-  float *exit_state;           // transposed
   // Of each chunk since a checkpoint: k, v transposed, and the state that enters it, transposed.
   float *keys, *values, *states;
   ChunkDecay decay;
@@ -21,7 +23,7 @@ struct Buffers {
 
   explicit Buffers(const AttentionArgs& a)
       : n(padded(a.d_state)), p(padded(a.headdim)),
-        scratch(C * (3 * n + 2 * p) + 2 * C * C + C * W + 3 * n * p + a.every * (C * (n + p) + n * p)) {
+        scratch(C * (3 * n + 2 * p) + 3 * C * C + 2 * C * W + 2 * n * p + a.every * (C * (n + p) + n * p)) {
     q = scratch.take(C, n);
     kt = scratch.take(n, C);
     k_left = scratch.take(C, n);
@@ -29,10 +31,11 @@ struct Buffers {
     dy_seen = scratch.take(C, p);
     scores = scratch.take(C, C);
     dscores = scratch.take(C, C);
-    terms = scratch.take(C, W);
+    within = scratch.take(C, C);
+    into = scratch.take(C, W);
+    out_of = scratch.take(C, W);
     dstate = scratch.take(n, p);
     dstate_t = scratch.take(p, n);
-    exit_state = scratch.take(p, n);
     keys = scratch.take(a.every * C, n);
     values = scratch.take(a.every * p, C);
     states = scratch.take(a.every * p, n);
@@ -57,12 +60,12 @@ void advance(const AttentionArgs& a, Buffers& b, int64_t row, int64_t head, int6
   });
 }
 
-// scores and dscores of all pairs of a chunk, decays applied to both.
+// scores and dscores of all pairs of a chunk, decays applied to both, and to their product once.
 void pairs(const AttentionArgs& a, Buffers& b, const float* vt, int64_t rows) {
   for (int64_t i = 0; i < rows; i += kRows)
     tiles(kRows, round_up(i + kRows, W) / W, [&]<int R, int V>(int64_t r0, int64_t j) {
       const int64_t first = i + r0;
-      float *score = b.scores + first * C + j, *dscore = b.dscores + first * C + j;
+      float *score = b.scores + first * C + j, *dscore = b.dscores + first * C + j, *within = b.within + first * C + j;
       b.ahead.fetch();
       Tile<R, V> c = {};
       add_product(c, b.q + first * b.n, b.n, 1, b.kt + j, C, a.d_state);
@@ -73,12 +76,56 @@ void pairs(const AttentionArgs& a, Buffers& b, const float* vt, int64_t rows) {
         x = vf{};
       });
       add_product(c, b.dy + first * b.p, b.p, 1, vt + j, C, a.headdim);
-      each(c, [&](vf& x, int r, int u) { store(dscore + r * C + u * W, x * load(dscore + r * C + u * W)); });
+      each(c, [&](vf& x, int r, int u) {
+        const int64_t at = r * C + u * W;
+        store(within + at, x * load(score + at));
+        store(dscore + at, x * load(dscore + at));
+      });
     });
 }
 
+// Sums over the lanes of each of `count` vectors.
+void sums_of(const float* lanes, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += W) {
+    vf v[W];
+    for (int r = 0; r < W; ++r) v[r] = load(lanes + (i + r) * W);
+    store(out + i, lane_sums(v));
+  }
+}
+
+// What passes from before each position of a chunk to it and later ones.
+void decay_gradient(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, int64_t begin, int64_t count,
+                    const float* state, bool fresh) {
+  const AttentionArgs& a = g.of;
+  vf through = {};
+  for (int64_t i = 0; i < a.headdim * b.n; i += W) through += load(state + i) * load(b.dstate_t + i);
+  float into[C], out_of[C];
+  sums_of(b.into, count, into);
+  sums_of(b.out_of, count, out_of);
+  double before[C + 1] = {b.decay.passed * static_cast<double>(sum(through))};
+  for (int64_t i = 0; i < count; ++i) before[i + 1] = before[i] + out_of[i];
+  vi place;
+  for (int lane = 0; lane < W; ++lane) place[lane] = lane;
+  vf later[C / W] = {};  // of every s, the sum of P dP over t >= i
+  double after = 0, total = 0;
+  for (int64_t i = count - 1; i >= 0; --i) {
+    vf within = {};
+    for (int64_t s = 0; s < i; s += W) {
+      vf& sum = later[s / W];
+      sum += load(b.within + i * C + s);
+      within += place < static_cast<int32_t>(i - s) ? sum : vf{};
+    }
+    after += into[i];
+    // What a document start forgets does not matter.
+    const double gradient = fresh && i == 0 ? 0.0 : before[i] + after + sum(within);
+    total += gradient;
+    if (!g.constant) g.dlog_decay[(row * a.seqlen + begin + i) * a.nheads + head] = static_cast<float>(gradient);
+  }
+  if (g.constant) g.dlog_decay[row * a.nheads + head] += static_cast<float>(total);
+}
+
 void chunk(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, int64_t begin, int64_t count,
-           const float* k, const float* vt, const float* state, const float* exit_state, bool fresh) {
+           const float* k, const float* vt, const float* state, bool fresh) {
   const AttentionArgs& a = g.of;
   const ChunkDecay& decay = b.decay;
   const int64_t n = b.n, p = b.p, rows = round_up(count, kRows);
@@ -91,16 +138,19 @@ void chunk(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, in
   pairs(a, b, vt, rows);
 
   const HeadRows dq(g.dq, row, begin, head), dk(g.dk, row, begin, head), dv(g.dv, row, begin, head);
-  std::fill(b.terms, b.terms + C * W, 0.0f);
-  auto add_terms = [&](int64_t i, vf x) { store(b.terms + i * W, load(b.terms + i * W) + x); };
+  std::fill(b.into, b.into + C * W, 0.0f);
+  std::fill(b.out_of, b.out_of + C * W, 0.0f);
+  auto add = [](float* to, vf x) { store(to, load(to) + x); };
   tiles(rows, n / W, [&]<int R, int V>(int64_t i, int64_t j) {
     b.ahead.fetch();
     Tile<R, V> c = {};
     add_product(c, b.dy + i * p, p, 1, state + j, n, a.headdim);
-    each(c, [&](vf& x, int r, int) { x *= decay.seen[i + r]; });
+    each(c, [&](vf& x, int r, int u) {
+      x *= decay.seen[i + r];
+      add(b.into + (i + r) * W, x * load(b.q + (i + r) * n + j + u * W));
+    });
     add_product(c, b.dscores + i * C, C, 1, k + j, n, i + R);
     each(c, [&](vf& x, int r, int u) {
-      add_terms(i + r, x * load(b.q + (i + r) * n + j + u * W));
       if (i + r < count) dq.put(i + r, j + u * W, a.d_state, x * a.scale);
     });
   });
@@ -108,10 +158,12 @@ void chunk(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, in
     b.ahead.fetch();
     Tile<R, V> c = {};
     add_product(c, vt + i, 1, C, b.dstate_t + j, n, a.headdim);
-    each(c, [&](vf& x, int r, int) { x *= decay.left[i + r]; });
+    each(c, [&](vf& x, int r, int u) {
+      x *= decay.left[i + r];
+      add(b.out_of + (i + r) * W, x * load(k + (i + r) * n + j + u * W));
+    });
     add_product(c, b.dscores + i * C + i, 1, C, b.q + i * n + j, n, rows - i);
     each(c, [&](vf& x, int r, int u) {
-      add_terms(i + r, -x * load(k + (i + r) * n + j + u * W));
       if (i + r < count) dk.put(i + r, j + u * W, a.d_state, x);
     });
   });
@@ -126,25 +178,7 @@ void chunk(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, in
     });
   });
 
-  if (g.dlog_decay) {
-    vf kept = {};
-    for (int64_t i = 0; i < a.headdim * n; i += W) kept += load(exit_state + i) * load(b.dstate_t + i);
-    double sum_after = sum(kept), total = 0;
-    for (int64_t i = round_up(count, W) - W; i >= 0; i -= W) {
-      vf t[W];
-      for (int r = 0; r < W; ++r) t[r] = load(b.terms + (i + r) * W);
-      const vf row_sums = lane_sums(t);
-      for (int64_t r = std::min<int64_t>(W, count - i) - 1; r >= 0; --r) {
-        sum_after += row_sums[r];
-        // What a document start forgets does not matter.
-        const double gradient = fresh && i + r == 0 ? 0.0 : sum_after;
-        total += gradient;
-        if (!g.constant)
-          g.dlog_decay[(row * a.seqlen + begin + i + r) * a.nheads + head] = static_cast<float>(gradient);
-      }
-    }
-    if (g.constant) g.dlog_decay[row * a.nheads + head] += static_cast<float>(total);
-  }
+  if (g.dlog_decay) decay_gradient(g, b, row, head, begin, count, state, fresh);
   tiles(n, p / W, [&]<int R, int V>(int64_t i, int64_t j) {
     b.ahead.fetch();
     Tile<R, V> c;
@@ -187,10 +221,8 @@ void span_backward(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t 
       fetch(g.dv, at, a.headdim);
       fetch(i ? a.q : a.k, i ? at - 1 : first - a.every, a.d_state);
       fetch(i ? g.dy : a.v, i ? at - 1 : first - a.every, a.headdim);
-      chunk(g, b, row, head, begin(at), count(at), b.k(i), b.vt(i), b.state(i),
-            i + 1 < here ? b.state(i + 1) : b.exit_state, span.fresh && at == 0);
+      chunk(g, b, row, head, begin(at), count(at), b.k(i), b.vt(i), b.state(i), span.fresh && at == 0);
     }
-    std::copy(b.states, b.states + b.n * b.p, b.exit_state);
   }
 }
 
@@ -203,7 +235,6 @@ void backward(const AttentionBackArgs& g, int64_t begin, int64_t end) {
     const int64_t row = task / a.nheads, head = task % a.nheads;
     std::fill(b.dstate, b.dstate + b.n * b.p, 0.0f);
     if (g.dfinal) pack(g.dfinal + task * size, a.headdim, a.d_state, a.headdim, b.dstate, b.p, b.n, same);
-    pack_transposed(a.final + task * size, a.headdim, a.d_state, a.headdim, b.exit_state, b.n, b.n);
     for (int64_t s = a.first_span[row + 1]; s-- > a.first_span[row];) {
       span_backward(g, b, row, head, a.spans[s]);
       if (a.spans[s].fresh) std::fill(b.dstate, b.dstate + b.n * b.p, 0.0f);

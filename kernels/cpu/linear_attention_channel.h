@@ -12,8 +12,8 @@ namespace {
 
 constexpr int T = kChannelChunk;
 
-// Calls f<V>(first channel) for runs of V vectors that cover n channels.
-template <int V = kTileVectors, class F>
+// Calls f<V>(first channel) for runs of V vectors that cover n channels; four hide the latency of a chain of products.
+template <int V = 4, class F>
 inline void strips(int64_t n, F&& f, int64_t channel = 0) {
   if constexpr (V > 0) {
     for (; n - channel >= V * W; channel += V * W) f.template operator()<V>(channel);
@@ -61,7 +61,7 @@ struct ChannelChunk {
   // Scores of all pairs, and k_left on the way. Rows up to the next multiple of kRows become zero, whatever an earlier
   // chunk, which may have been another document's, left there.
   void score(const float* q, int64_t count) {
-    strips(n, [&]<int V>(int64_t channel) {
+    strips(n, [&, n = n, k = k, decay = decay, sums = sums]<int V>(int64_t channel) {
       for (int64_t j = 0; j < count; ++j) {
         vf left[V];
         for (int v = 0; v < V; ++v) left[v] = load(k + j * n + channel + v * W);

@@ -1,8 +1,10 @@
 // Linear attention backward with a decay per key channel: chunks from last to first, as without channels.
 //
-// With w(i, j) what position i sees of j, S and S' the states that enter and leave, D the gradient of S':
+// With w(i, j) what position i sees of j, S the state that enters, D the gradient of the one that leaves:
 //   dq_i = seen_i dy_i S' + sum_j (dy_i v_j) w(i, j) k_j       dk_j = left_j v_j D' + sum_i (dy_i v_j) w(i, j) q_i
-//   dlog_decay_i = sum_{s >= i} (q_s dq_s - k_s dk_s) + sum over headdim of S' D, all by channel
+// The gradient of log_decay has the four parts that it has without channels, each by channel. Those of the pairs are
+// differences of q dq and k dk; what a position gives itself and what states give stay out of them, since no decay
+// between positions scales those, and of what strong decays leave only the rounding of larger numbers would remain.
 #include "linear_attention_channel.h"
 
 namespace seqlib::SEQLIB_ISA {
@@ -14,17 +16,18 @@ struct Buffers {
   ChannelChunk keys;
   float *q, *q_seen, *v, *vt, *dy, *dyt;
   float *dscores, *dq, *dk, *product;  // product: n x T
-  float *later, *dstate, *exit_state;
+  float *terms, *out_of;               // of the gradient of log_decay: what sums to later positions, and to earlier ones
+  float* dstate;
   float* states;  // that enter the chunks since a checkpoint
   Ahead ahead;
 
   explicit Buffers(const AttentionArgs& a)
       : n(padded(a.d_state)), p(padded(a.headdim)),
-        scratch(ChannelChunk::size(n) + T * (5 * n + 4 * p + T) + n + (2 + a.every) * n * p), keys(n, scratch),
+        scratch(ChannelChunk::size(n) + T * (7 * n + 4 * p + T) + (1 + a.every) * n * p), keys(n, scratch),
         q(scratch.take(T, n)), q_seen(scratch.take(T, n)), v(scratch.take(T, p)), vt(scratch.take(p, T)),
         dy(scratch.take(T, p)), dyt(scratch.take(p, T)), dscores(scratch.take(T, T)), dq(scratch.take(T, n)),
-        dk(scratch.take(T, n)), product(scratch.take(n, T)), later(scratch.take(1, n)), dstate(scratch.take(n, p)),
-        exit_state(scratch.take(n, p)), states(scratch.take(a.every * n, p)) {}
+        dk(scratch.take(T, n)), product(scratch.take(n, T)), terms(scratch.take(T, n)),
+        out_of(scratch.take(T, n)), dstate(scratch.take(n, p)), states(scratch.take(a.every * n, p)) {}
   float* state(int64_t i) const { return states + i * n * p; }
 };
 
@@ -66,55 +69,65 @@ void gradients(const AttentionArgs& a, Buffers& b, const float* state, int64_t c
     auto at = [&](const float* rows, int64_t i, int v) { return load(rows + i * n + channel + v * W); };
     for (int64_t i = 0; i < count; ++i) {
       vf sum[V] = {};
-      for (int64_t j = 0; j <= i; ++j) {
+      for (int64_t j = 0; j < i; ++j) {
         const vf d = splat(b.dscores[i * T + j]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sum[v] = sum[v] * at(keys.decay, j, v) + d * at(keys.k, j, v);
       }
-      for (int v = 0; v < V; ++v)
-        store(b.dq + i * n + channel + v * W, sum[v] + at(keys.seen, i, v) * at(b.dq, i, v));
+      const vf own = splat(b.dscores[i * T + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const vf others = sum[v] * at(keys.decay, i, v) + at(keys.seen, i, v) * at(b.dq, i, v);
+        const int64_t to = i * n + channel + v * W;
+        store(b.terms + to, at(b.q, i, v) * others);
+        store(b.dq + to, others + own * at(keys.k, i, v));
+      }
     }
     vf left[V];
     for (int v = 0; v < V; ++v) left[v] = splat(1.0f);
     for (int64_t j = count; j-- > 0;) {
       vf sum[V] = {};
-      for (int64_t i = count; i-- > j;) {
+      for (int64_t i = count - 1; i > j; --i) {
         const vf d = splat(b.dscores[i * T + j]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          if (i + 1 < count) sum[v] *= at(keys.decay, i + 1, v);
-          sum[v] += d * at(b.q, i, v);
-        }
+        for (int v = 0; v < V; ++v) sum[v] = (sum[v] + d * at(b.q, i, v)) * at(keys.decay, i, v);
       }
+      const vf own = splat(b.dscores[j * T + j]);
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        store(b.dk + j * n + channel + v * W, sum[v] + left[v] * at(b.dk, j, v));
+        const vf k = at(keys.k, j, v), at_end = left[v] * at(b.dk, j, v);
+        const int64_t to = j * n + channel + v * W;
+        store(b.terms + to, at(b.terms, j, v) - k * sum[v]);
+        store(b.out_of + to, k * at_end);
+        store(b.dk + to, sum[v] + at_end + own * at(b.q, j, v));
         left[v] *= at(keys.decay, j, v);
       }
     }
   });
 }
 
-void decay_gradient(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, int64_t begin, int64_t count,
-                    const float* exit_state, bool fresh) {
+void decay_gradient(const AttentionBackArgs& g, const Buffers& b, int64_t row, int64_t head, int64_t begin,
+                    int64_t count, const float* state, bool fresh) {
   const AttentionArgs& a = g.of;
   const Heads shape{g.dlog_decay, a.seqlen * a.nheads * a.d_state, a.nheads * a.d_state, a.d_state, 1, false};
   const HeadRows to(shape, row, begin, head);
   for (int64_t j = 0; j < b.n; j += W) {
     vf kept[W] = {};
     for (int r = 0; r < W; ++r)
-      for (int64_t e = (j + r) * b.p; e < (j + r + 1) * b.p; e += W) kept[r] += load(exit_state + e) * load(b.dstate + e);
-    vf sum = lane_sums(kept);
+      for (int64_t e = (j + r) * b.p; e < (j + r + 1) * b.p; e += W) kept[r] += load(state + e) * load(b.dstate + e);
+    vf before[T], after = {};
+    before[0] = lane_sums(kept) * load(b.keys.passed + j);
+    for (int64_t i = 1; i < count; ++i) before[i] = before[i - 1] + load(b.out_of + (i - 1) * b.n + j);
     for (int64_t i = count; i-- > 0;) {
-      const int64_t at = i * b.n + j;
-      sum += load(b.q + at) * load(b.dq + at) - load(b.keys.k + at) * load(b.dk + at);
+      after += load(b.terms + i * b.n + j);
       // What a document start forgets does not matter.
-      to.put(i, j, a.d_state, fresh && i == 0 ? vf{} : sum);
+      to.put(i, j, a.d_state, fresh && i == 0 ? vf{} : before[i] + after);
     }
   }
 }
 
 void chunk(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, int64_t begin, int64_t count,
-           const float* state, const float* exit_state, bool fresh) {
+           const float* state, bool fresh) {
   const AttentionArgs& a = g.of;
   const ChannelChunk& keys = b.keys;
   const int64_t n = b.n, p = b.p, rows = round_up(count, kRows);
@@ -137,7 +150,7 @@ void chunk(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t head, in
       dq.put(i, j, a.d_state, load(b.dq + i * n + j) * a.scale);
       dk.put(i, j, a.d_state, load(b.dk + i * n + j));
     }
-  if (g.dlog_decay) decay_gradient(g, b, row, head, begin, count, exit_state, fresh);
+  if (g.dlog_decay) decay_gradient(g, b, row, head, begin, count, state, fresh);
   tiles(rows, p / W, [&]<int R, int V>(int64_t i, int64_t j) {
     b.ahead.fetch();
     Tile<R, V> c = {};
@@ -183,10 +196,8 @@ void span_backward(const AttentionBackArgs& g, Buffers& b, int64_t row, int64_t 
       fetch(g.dv, at, a.headdim);
       fetch(a.q, at - 1, a.d_state);
       fetch(g.dy, at - 1, a.headdim);
-      chunk(g, b, row, head, begin(at), count(at), b.state(i), i + 1 < here ? b.state(i + 1) : b.exit_state,
-            span.fresh && at == 0);
+      chunk(g, b, row, head, begin(at), count(at), b.state(i), span.fresh && at == 0);
     }
-    std::copy(b.states, b.states + b.n * b.p, b.exit_state);
   }
 }
 
@@ -198,7 +209,6 @@ void backward(const AttentionBackArgs& g, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task / a.nheads, head = task % a.nheads;
     load_state(g.dfinal ? g.dfinal + task * size : nullptr, a.headdim, a.d_state, a.headdim, b.dstate, b.n, b.p);
-    load_state(a.final + task * size, a.headdim, a.d_state, a.headdim, b.exit_state, b.n, b.p);
     for (int64_t s = a.first_span[row + 1]; s-- > a.first_span[row];) {
       span_backward(g, b, row, head, a.spans[s]);
       if (a.spans[s].fresh) std::fill(b.dstate, b.dstate + b.n * b.p, 0.0f);

@@ -82,7 +82,6 @@ def _fake_bwd(
     log_decay: Tensor | None,
     initial_state: Tensor | None,
     spans: Tensor | None,
-    final_state: Tensor,
     checkpoints: Tensor,
     scale: float,
     needs_decay: bool,
@@ -94,7 +93,7 @@ def _fake_bwd(
         k.new_empty(k.shape, dtype=shared[1]),
         v.new_empty(v.shape),
         v.new_empty(decays, dtype=torch.float32),
-        torch.empty_like(final_state),
+        v.new_empty(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32),
     )
 
 
@@ -105,20 +104,18 @@ def _fake_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state:
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale, _ = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
 @once
 def _backward(ctx, dy: Tensor | None, dfinal: Tensor | None, _) -> tuple[Tensor | None, ...]:
-    *tensors, final_state, checkpoints = ctx.saved_tensors
+    *tensors, checkpoints = ctx.saved_tensors
     q, k, v, log_decay, initial_state, _spans = tensors
     dy = v.new_zeros(v.shape) if dy is None else dy
     needs_decay = ctx.needs_input_grad[3]
-    dq, dk, dv, dlog_decay, dinitial = _gradients(
-        dy, dfinal, *tensors, final_state, checkpoints, ctx.scale, needs_decay
-    )
+    dq, dk, dv, dlog_decay, dinitial = _gradients(dy, dfinal, *tensors, checkpoints, ctx.scale, needs_decay)
     return (
         dq.to(q.dtype),
         dk.to(k.dtype),
