@@ -15,6 +15,19 @@ with torch.device("meta"):  # remembers which functions make tensors, which must
     torch.empty(0)
 
 
+def pytest_report_header() -> str:
+    return "" if torch.cuda.is_available() else "no CUDA device: tests marked gpu are left out"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are no news: left out, and counted as deselected."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=gpu)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
