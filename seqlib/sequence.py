@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
 
-__all__ = ["SequenceInfo", "State", "StateList", "in_inference_mode"]
+__all__ = ["SequenceInfo", "State", "StateList"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,14 +233,29 @@ class State:
     def clone(self: S) -> S:
         return self.map(Tensor.clone)
 
+    def writable(self: S) -> S:
+        """This state, or a copy of one made under torch.inference_mode, which nothing outside it may write to or save
+        for a backward pass."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return self
+        return self.clone() if _of_inference(self.__dict__.values()) else self
+
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
 
-def in_inference_mode() -> bool:
-    """Whether tensors made now may be written to in torch.inference_mode only; compilers do not say."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+def _of_inference(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.is_inference():
+                return True
+        elif isinstance(value, State):
+            if _of_inference(value.__dict__.values()):
+                return True
+        elif isinstance(value, tuple) and _of_inference(value):
+            return True
+    return False
 
 
 @dataclass
@@ -249,12 +264,11 @@ class StateList:
 
     states: list[State]
     seqlen: int = 0
-    inference: bool = dataclasses.field(default_factory=in_inference_mode)
-    """Tensors of it were made under torch.inference_mode, outside of which nothing may write to them."""
 
     def writable(self) -> StateList:
-        """These states, or a copy where the mode does not let `step` write to them or autograd save them."""
-        return self.clone() if self.inference and not in_inference_mode() else self
+        """These states, or copies of those made under torch.inference_mode (see `State.writable`)."""
+        made = [state.writable() for state in self.states]
+        return self if all(a is b for a, b in zip(made, self.states)) else self._each(made)
 
     def __len__(self) -> int:
         return len(self.states)

@@ -50,7 +50,7 @@ def talker(stack: str, **changes: Any) -> SeqlibForCausalLM:
     with torch.no_grad():
         for name, weight in model.model.backbone.named_parameters():
             if name.endswith(("mixer.out_proj.weight", "mixer.o_proj.weight")):
-                weight.mul_(4)
+                weight.mul_(24 if stack == "lightning" else 4)
         model.lm_head.weight[[PAD, EOS]] = 0  # generate() would take what it said itself for padding
     return model
 

@@ -89,9 +89,10 @@ def test_generation_goes_on_from_a_returned_cache(model) -> None:
 
 
 def test_chunked_prefill(model) -> None:
-    ids, mask = left_padded(prompt(3, 11))
-    chunked = greedy(model, ids, attention_mask=mask, prefill_chunk_size=4)
-    assert torch.equal(chunked, greedy(model, ids, attention_mask=mask, use_cache=False))
+    prompts = prompt(4, 11)
+    ids, mask = left_padded(prompts)
+    for row, p in zip(greedy(model, ids, 24, attention_mask=mask, prefill_chunk_size=4), prompts):
+        assert torch.equal(row[ids.shape[1] :], greedy(model, p, 24, use_cache=False)[0, p.shape[1] :])
 
 
 def test_inputs_embeds_equal_ids(model) -> None:
@@ -103,11 +104,12 @@ def test_inputs_embeds_equal_ids(model) -> None:
 
 
 def test_beam_search_equals_beam_search_without_cache(model) -> None:
-    ids, mask = left_padded(prompt(4, 8))
-    asked = {"attention_mask": mask, "num_beams": 3, "num_return_sequences": 2}
-    with_cache = greedy(model, ids, **asked)
+    prompts, asked = prompt(4, 8), {"num_beams": 3, "num_return_sequences": 2}
+    ids, mask = left_padded(prompts)
+    with_cache = greedy(model, ids, attention_mask=mask, **asked)
     assert with_cache.shape == (4, 16)
-    assert torch.equal(with_cache, greedy(model, ids, use_cache=False, **asked))
+    for rows, p in zip(with_cache.split(2), prompts):
+        assert torch.equal(rows[:, 8:], greedy(model, p, use_cache=False, **asked)[:, p.shape[1] :])
 
 
 def test_sampling_draws_several_sequences_per_prompt(model) -> None:
@@ -223,14 +225,15 @@ def test_what_does_not_fit_is_refused(model) -> None:
 
 
 def test_masks_by_layer_type_and_static_caches_are_taken(model) -> None:
-    ids, mask = left_padded(prompt(3, 6))
+    prompts = prompt(3, 6)
+    ids, mask = left_padded(prompts)
     four = torch.ones(2, 1, 6, 6, dtype=torch.bool)
     given = model(ids, attention_mask={"full_attention": four, "linear_attention": mask}).logits
-    torch.testing.assert_close(given, model(ids, attention_mask=mask).logits)
     torch.testing.assert_close(model(ids, attention_mask={"linear_attention": None}).logits, model(ids).logits)
-    assert torch.equal(
-        greedy(model, ids, attention_mask=mask, cache_implementation="static"), greedy(model, ids, attention_mask=mask)
-    )
+    said = greedy(model, ids, 24, attention_mask=mask, cache_implementation="static")
+    for logits, row, p in zip(given, said, prompts):
+        torch.testing.assert_close(logits[-p.shape[1] :], model(p).logits[0], **CLOSE)
+        assert torch.equal(row[6:], greedy(model, p, 24, use_cache=False)[0, p.shape[1] :])
 
 
 def test_the_cache_has_two_names_of_which_one_is_given(model) -> None:

@@ -14,6 +14,7 @@ from test_mixers import AHEAD, D_MODEL, ROWS
 from torch import Tensor
 
 from seqlib.errors import UnsupportedInput
+from seqlib.layers.norm import RMSNorm
 from seqlib.mixers import build_mixer
 from seqlib.models.backbone import Backbone
 from seqlib.models.config import BackboneConfig
@@ -133,6 +134,44 @@ def test_a_step_refuses_gradients(config: dict) -> None:
     assert not got.requires_grad and torch.equal(got, want)
     with pytest.raises(UnsupportedInput, match="records no gradients"):
         mixer.step(x[:, PROMPT].requires_grad_(), state)
+
+
+@causal
+def test_what_was_made_in_inference_mode_goes_on_outside(config: dict) -> None:
+    """States and what a mixer keeps for itself, by forward, step and a whole branch, with gradients and without."""
+    mixer, norm, x = build_mixer(config, D_MODEL), RMSNorm(D_MODEL), inputs()
+    fresh = copy.deepcopy(mixer)
+    with torch.inference_mode():
+        begun = mixer.initial_state(2, x.shape[1])
+        _, state = mixer(x[:, :PROMPT], begun)
+        _, state = mixer.step(x[:, PROMPT], state)
+    kept = [t.clone() for t in state.tensors()]
+    with torch.no_grad():
+        _, ordinary = fresh(x[:, : PROMPT + 1])
+    rest = x[:, PROMPT + 1 :]
+    want = fresh(rest, ordinary)[0]
+    want.square().sum().backward()
+
+    got = mixer(rest, state)[0]
+    got.square().sum().backward()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for (name, p), q in zip(mixer.named_parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-4, rtol=1e-4, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(rest, state=state)[0], want, atol=1e-5, rtol=1e-5)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            after: Any = state
+            for t in range(rest.shape[1]):
+                y, after = mixer.step(rest[:, t], after)
+                torch.testing.assert_close(y, want[:, t], atol=1e-5, rtol=1e-5)
+    if not mixer.takes_residual:
+        with torch.no_grad():
+            y, _ = mixer.added_step(rest[:, 0], norm, state)
+            torch.testing.assert_close(y, rest[:, 0] + mixer.step(norm(rest[:, 0]), ordinary)[0], atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), kept, strict=True)), "the given state was written to"
+    mixer.step(x[:, 0], mixer.initial_state(2, 4))
+    mixer(x[:, :4], begun)[0].sum().backward()
 
 
 @causal

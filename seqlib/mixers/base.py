@@ -66,6 +66,19 @@ def without_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _continues(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A pass or step that may go on from a state made under torch.inference_mode."""
+
+    @functools.wraps(run)
+    def checked(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        args = tuple([a.writable() if isinstance(a, State) else a for a in args])
+        if isinstance(kwargs.get("state"), State):
+            kwargs["state"] = kwargs["state"].writable()
+        return run(self, x, *args, **kwargs)
+
+    return checked
+
+
 class Mixer(nn.Module, Generic[C]):
     """Base of all mixers: a causal map (batch, seqlen, d_model) -> the same, with a state.
 
@@ -90,6 +103,8 @@ class Mixer(nn.Module, Generic[C]):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        for name in {"forward", "step", "added_step"} & vars(cls).keys():
+            setattr(cls, name, _continues(getattr(cls, name)))
         if "step" in vars(cls):
             cls.step = without_gradients(cls.step)  # type: ignore[method-assign]
 

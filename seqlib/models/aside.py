@@ -113,7 +113,7 @@ class AsideUse(nn.Module):
 
     def step(self, x: Tensor, first: Tensor, block: Aside, state: KVState) -> tuple[Tensor, KVState]:
         h, qkv = self._project(x[:, None], first[:, None], block)
-        y, state = block.attention.attend_step(h[:, 0], qkv, state)
+        y, state = block.attention.attend_step(h[:, 0], qkv, state.writable())
         return self._mlp(y, block), state
 
     def _project(self, x: Tensor, first: Tensor, block: Aside) -> tuple[Tensor, tuple[Tensor, ...]]:

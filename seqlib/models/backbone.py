@@ -18,7 +18,7 @@ from seqlib.mixers.compose import share
 from seqlib.models.aside import Aside, AsideState
 from seqlib.models.block import Block
 from seqlib.models.config import BackboneConfig
-from seqlib.sequence import SequenceInfo, State, StateList, in_inference_mode
+from seqlib.sequence import SequenceInfo, State, StateList
 
 __all__ = ["Backbone", "param_groups"]
 
@@ -95,8 +95,6 @@ class Backbone(nn.Module):
     @without_gradients
     def step(self, x: Tensor, state: StateList, depth: int | None = None) -> tuple[Tensor, StateList]:
         """One position, x: (batch, d_model). Writes into `state` and returns it."""
-        state = state.writable()
-        state.inference = in_inference_mode()
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         first = x
