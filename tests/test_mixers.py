@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seqlib import use_backend
 from seqlib.errors import ConfigError, UnsupportedInput
+from seqlib.hf.inputs import sequence_info
 from seqlib.mixers import MIXERS, Mixer, build_mixer, looks_ahead, mixer_config
 from seqlib.sequence import SequenceInfo
 
@@ -432,3 +433,59 @@ def test_mamba_starts_as_published() -> None:
         largest = float(getattr(mixer, name).weight.abs().max())
         assert 0.98 * bound < largest <= bound, name
     assert float(mixer.conv1d.weight.abs().max()) <= 0.5
+
+
+BORDERS = "..aaaaa..|.bb.b.|..c|dddddddddddd.|....e|.ffffff"
+TOGETHER = "aaaaa|bbb|c|dddddddddddd|e|ffffff"
+
+
+def _told(layout: str) -> tuple[Tensor, Tensor, SequenceInfo]:
+    """Real tokens, the document of each position, and both as said by every way of telling documents, which agree."""
+    parts = layout.split("|")
+    real = torch.tensor([[c != "." for c in "".join(parts)]])
+    numbers = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)])[None]
+    before = ((numbers == numbers.mT) & real & torch.ones(numbers.shape[1], numbers.shape[1]).tril(-1).bool()).sum(1)
+    ways: list[dict] = [
+        {"position_ids": torch.where(real, before[None] + first, 0)} for first in ((0, 1) if "." in layout else (0,))
+    ]
+    ways.append({"seq_idx": numbers})
+    ways.append({"cu_seq_lens_q": torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)})
+    told = [sequence_info(1, real.shape[1], 0, attention_mask=real.long(), **way) for way in ways]
+    for one in told:
+        assert one is not None and one.document_ids is not None
+        torch.testing.assert_close(one.document_ids[real], numbers[real])
+    assert told[0] is not None
+    return real, numbers, told[0]
+
+
+@every
+@pytest.mark.parametrize(
+    ("poison", "dtype"), [(torch.nan, torch.float64), (torch.inf, torch.float64), (torch.nan, torch.float32)]
+)
+def test_nothing_of_one_document_reaches_another(config: dict, poison: float, dtype: torch.dtype) -> None:
+    """With padding at every border, NaN or infinity in it, in every second document and in the state before."""
+    mixer, close = _mixer(config, dtype), 1e-10 if dtype == torch.float64 else 1e-5
+    if "packed" not in mixer.supports:
+        pytest.skip("the mixer declares no packing; test_packed_equals_separate checks the refusal")
+    real, numbers, seq = _told(BORDERS if "padded" in mixer.supports else TOGETHER)
+    for bad in (0, 1):
+        clean = real & (numbers % 2 != bad)
+        x = _input(1, real.shape[1], dtype).masked_fill(~clean[..., None], poison).requires_grad_()
+        before, fresh = None, seq
+        if "initial_state" in mixer.supports and not looks_ahead(config):
+            _, before = mixer(torch.full_like(x[:, :3], poison))
+            fresh = SequenceInfo(seq.starts | (real.cumsum(1) == 1), seq.padding_mask)
+        y, state = mixer(x, before, fresh)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
+        (grad,) = torch.autograd.grad((y.where(clean[..., None], 0) * weights).sum(), x, allow_unused=True)
+        for number in numbers[clean].unique().tolist():
+            at = (real & (numbers == number))[0]
+            alone = x[:, at].detach().requires_grad_()
+            want, after = mixer(alone)
+            _same(y[:, at], want, close)
+            (wanted,) = torch.autograd.grad((want * weights[:, at]).sum(), alone, allow_unused=True)
+            if wanted is not None:
+                _same(grad[:, at], wanted, 10 * close * max(1.0, float(wanted.abs().max())))
+            if number == numbers.max() and before is not None:
+                more = _input(1, 6, dtype) - 1
+                _same(mixer(more, state)[0], mixer(more, after)[0], close)

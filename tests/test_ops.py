@@ -290,3 +290,36 @@ def test_a_document_start_forgets_whatever_came_before(
             clean = clean & seq.padding_mask
         for want, got in zip(run(inputs, clean, kept), run(poisoned, clean, kept), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+SUMMARIES = {
+    "linear_attention": ("k", "v", "log_decay"),
+    "delta_rule": ("k", "v", "beta", "log_decay"),
+    "linear_scan": ("a", "b"),
+    "selective_scan": ("x", "dt", "A", "B"),
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_summaries_forget_at_a_document_start(name: str, poison: float) -> None:
+    """A start in the second of two spans makes the summary of both what it is without the poison before it."""
+    module = importlib.import_module(f"seqlib.ops.{name}")
+    inputs = next(c for c in CASES[name] if c.name in ("packed", "token_packed")).inputs(torch.float32)
+    given = {k: inputs[k] for k in SUMMARIES[name]}
+    seqlen = inputs["seq"].shape[1]
+    starts = (torch.arange(seqlen) == seqlen // 2 + 3)[None]
+
+    def joined(given: dict) -> list[Tensor]:
+        spans = [slice(0, seqlen // 2), slice(seqlen // 2, seqlen)]
+        cut = [{k: t if name == "selective_scan" and k == "A" else t[:, at] for k, t in given.items()} for at in spans]
+        halves = [module.summarize(**c, seq=SequenceInfo(starts[:, at])) for c, at in zip(cut, spans)]
+        return outputs(module.combine(*halves))
+
+    before = starts.cumsum(1) == 0
+    poisoned = {
+        k: t if t.shape[:2] != before.shape else _fill(t, before, -poison if k == "log_decay" else poison)
+        for k, t in given.items()
+    }
+    for want, got in zip(joined(given), joined(poisoned), strict=True):
+        torch.testing.assert_close(got, want)

@@ -16,6 +16,7 @@ from seqlib.layers.steps import project
 from seqlib.mixers.base import Mixer, MixerConfig, positive, wide, wide_dtype, within
 from seqlib.mixers.matrix import divide
 from seqlib.ops import linear_attention
+from seqlib.ops.documents import by_document, zero_padding
 from seqlib.ops.linear_attention import step as attention_step
 from seqlib.sequence import SequenceInfo, State
 
@@ -97,13 +98,12 @@ class MLSTM(Mixer[MLSTMConfig]):
     ) -> tuple[Tensor, MLSTMState]:
         self.check(x, seq)
         q, k, v, o, log_i, log_f = self._heads(x)
-        m = log_i.new_zeros(x.shape[0], self.config.nheads) if state is None else state.m
-        m = _running_max(log_i, log_f, m, seq)
+        m, last = _running_max(log_i, log_f, None if state is None else state.m, seq)
         y, matrix = linear_attention(
             q, k, v, log_f, scale=q.shape[-1] ** -0.5, initial_state=None if state is None else state.state, seq=seq,
             backend=self.backend("linear_attention"),
         )  # fmt: skip
-        return self._out(y, o, m), MLSTMState(matrix, m[:, -1])
+        return self._out(y, o, m), MLSTMState(matrix, last)
 
     def step(self, x: Tensor, state: MLSTMState) -> tuple[Tensor, MLSTMState]:
         q, k, v, o, log_i, log_f = self._heads(x)
@@ -148,26 +148,20 @@ class MLSTM(Mixer[MLSTMConfig]):
         return batch * nheads * (d_state * columns + 1) * wide_dtype(self.norm_weight).itemsize
 
 
-def _running_max(log_i: Tensor, log_f: Tensor, m: Tensor, seq: SequenceInfo | None) -> Tensor:
-    """m_t = max(log_f_t + m_{t-1}, log_i_t) along (batch, seqlen, nheads); m_{t-1} is 0 where a document begins.
+def _running_max(
+    log_i: Tensor, log_f: Tensor, before: Tensor | None, seq: SequenceInfo | None
+) -> tuple[Tensor, Tensor]:
+    """m_t = max(log_f_t + m_{t-1}, log_i_t) along (batch, seqlen, nheads), 0 where a document begins, and the last m.
 
     With F the running sum of log_f it is F_t + max over s <= t of log_i_s - F_s, in float64 because F grows.
     """
-    i, f = log_i.double(), log_f.double()
-    starts = None if seq is None or seq.starts is None else seq.starts.unsqueeze(-1)
+    first = torch.zeros_like(log_i[:, 0]) if before is None else before
+    if seq is not None and seq.starts is not None:
+        return by_document(_running_max, (log_i, log_f), log_i, before, first, seq)
+    i, f = log_i.double(), zero_padding(log_f.double(), seq)
     if seq is not None and seq.padding_mask is not None:
-        padding = ~seq.padding_mask.unsqueeze(-1)
-        i, f = i.masked_fill(padding, -torch.inf), f.masked_fill(padding, 0.0)
+        i = i.masked_fill(~seq.padding_mask.unsqueeze(-1), -torch.inf)
     total = f.cumsum(1)
-    candidates = i - total
-    shift: Tensor | float = 0.0
-    if starts is not None:
-        candidates = torch.where(starts, torch.maximum(candidates, f - total), candidates)
-        # Later documents lie above all earlier ones, so that the running maximum never reaches back.
-        assert seq is not None and seq.document_ids is not None
-        known = torch.cat([candidates.detach(), m.detach().double()[:, None]], 1)
-        known = known[known.isfinite()]
-        shift = seq.document_ids.unsqueeze(-1) * (known.max() - known.min() + 1)
-        candidates = candidates + shift
-    candidates = torch.cat([m.double()[:, None], candidates], 1)
-    return (candidates.cummax(1).values[:, 1:] - shift + total).to(log_i.dtype)
+    candidates = torch.cat([first.double()[:, None], i - total], 1)
+    m = (candidates.cummax(1).values[:, 1:] + total).to(log_i.dtype)
+    return m, m[:, -1]

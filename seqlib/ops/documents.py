@@ -16,7 +16,7 @@ __all__ = ["Group", "by_document", "documents", "take", "zero_padding"]
 class Group(NamedTuple):
     """Documents of like length."""
 
-    index: Tensor
+    at: Tensor
     """(ndocs, longest), flat positions of their tokens; after its end a document repeats its last token."""
     real: Tensor
     """(ndocs, longest), False at those repetitions."""
@@ -83,10 +83,10 @@ def by_document(
     """
     y = like.new_zeros(like.shape).flatten(0, 1)
     for group in documents(seq, has_state=initial_state is not None):
-        cut = (None if t is None else take(t, group.index) for t in tensors)
+        cut = (None if t is None else take(t, group.at) for t in tensors)
         before = initial_state[group.rows] if initial_state is not None and group.goes_on else None
         padded = None if bool(group.real.all()) else SequenceInfo(padding_mask=group.real)
         part, state = run(*cut, before, padded)
-        y = y.index_copy(0, group.index[group.real], part[group.real])
+        y = y.index_copy(0, group.at[group.real], part[group.real])
         final = final.index_copy(0, group.rows[group.last], state[group.last].to(final.dtype))
     return y.unflatten(0, like.shape[:2]), final

@@ -82,9 +82,9 @@ def attend(
         return run(inputs, None, True, None), final
     y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
     for group in documents(seq, has_state=state is not None):
-        cut = tuple(take(t, group.index) for t in inputs)
+        cut = tuple(take(t, group.at) for t in inputs)
         part = run(cut, group.rows, group.goes_on, group.real)
-        y = y.index_copy(0, group.index[group.real], part[group.real])
+        y = y.index_copy(0, group.at[group.real], part[group.real])
     return y.unflatten(0, q.shape[:2]), final
 
 

@@ -49,4 +49,8 @@ def combine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tupl
 
     (M_1, S_1) (M_2, S_2) = (M_2 M_1, M_2 S_1 + S_2)
     """
-    return second[0] @ first[0], second[0] @ first[1] + second[1]
+    # A product with a transition of zeros forgets infinity and NaN too.
+    forgets = (second[0] == 0).all(-1).all(-1)[..., None, None]
+    before = (torch.where(t.isfinite() | ~forgets, t, 0) for t in first)
+    transition, state = (second[0] @ t for t in before)
+    return transition, state + second[1]

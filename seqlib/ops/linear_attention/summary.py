@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqlib.ops.decays import summable
+from seqlib.ops.decays import decayed, summable
 from seqlib.ops.documents import zero_padding
 from seqlib.sequence import SequenceInfo
 
@@ -54,7 +54,7 @@ def combine(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor,
 
     (decay_a, state_a) (decay_b, state_b) = (decay_a decay_b, decay_b state_a + state_b)
     """
-    return a[0] * b[0], b[0].unsqueeze(-1) * a[1] + b[1]
+    return decayed(b[0], a[0]), decayed(b[0].unsqueeze(-1), a[1]) + b[1]
 
 
 def mask_padding(

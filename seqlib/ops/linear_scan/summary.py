@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.ops.decays import decayed
 from seqlib.ops.linear_scan.torch_impl import linear_scan
 from seqlib.sequence import SequenceInfo
 
@@ -32,4 +33,4 @@ def summarize(a: Tensor, b: Tensor, *, reverse: bool = False, seq: SequenceInfo 
 
 def combine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The summary of two spans, in the order of the scan. Associative; (1, 0) is its identity."""
-    return first[0] * second[0], first[1] * second[0] + second[1]
+    return decayed(second[0], first[0]), decayed(second[0], first[1]) + second[1]

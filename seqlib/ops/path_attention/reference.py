@@ -37,7 +37,7 @@ def path_attention(
         for number in sorted({*document} - {-1}):
             at = torch.tensor([i for i, n in enumerate(document) if n == number], device=q.device)
             where = torch.full_like(at, b), at
-            past = None if number or state is None else state.map(lambda t, b=b: t[b : b + 1])
+            past = None if number or state is None else state.reorder(torch.tensor([b]))
             part, brought, old = _alone(*(t[b : b + 1, at] for t in (q, k, v, w, beta, decay)), scale=scale, state=past)
             y, keys = y.index_put(where, part[0]), keys.index_put(where, brought[0])
             if held is not None and old is not None:

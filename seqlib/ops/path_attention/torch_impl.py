@@ -102,7 +102,7 @@ def attend(
         y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
         keys = k.flatten(0, 1).to(high)
         for group in documents(seq, has_state=state is not None):
-            index, real = group.index, group.real
+            index, real = group.at, group.real
             # What repeats the last token turns no key.
             q_, k_, v_, w_, beta_, *rest = (take(t, index) for t in inputs)
             beta_ = torch.where(real[..., None], beta_, 0)

@@ -72,10 +72,10 @@ def _attend(
     else:
         sums = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3] + 1, dtype=high)
         for group in documents(seq, has_state=ring is not None):
-            ours, *theirs = (take(t, group.index) for t in (q, k, v))
+            ours, *theirs = (take(t, group.at) for t in (q, k, v))
             known, begin = with_past(ring if group.goes_on else None, group.rows, tuple(theirs), window)
             part = run(ours, known, begin, group.real.sum(1))
-            sums = sums.index_copy(0, group.index[group.real], part[group.real])
+            sums = sums.index_copy(0, group.at[group.real], part[group.real])
         sums = sums.unflatten(0, q.shape[:2])
     final: WindowState | ExponentialState
     if exponentials is None:

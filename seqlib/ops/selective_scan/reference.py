@@ -29,7 +29,8 @@ def selective_scan(
     high = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = torch.promote_types(high, torch.cfloat) if A.is_complex() else high
     batch, seqlen, d_inner = x.shape
-    x, dt, B, C, z = (t if t is None or t.dim() == 2 else zero_padding(t, seq) for t in (x, dt, B, C, z))
+    x, dt, B, C = (t if t.dim() == 2 else zero_padding(t, seq) for t in (x, dt, B, C))
+    z = None if z is None else zero_padding(z, seq)
     A, B, C = A.to(wide), _per_channel(B.to(wide), d_inner), _per_channel(C.to(wide), d_inner)
     h = x.new_zeros(batch, *A.shape, dtype=wide) if initial_state is None else initial_state.to(wide)
     real = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device)

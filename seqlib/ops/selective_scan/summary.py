@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.ops.decays import decayed
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["combine", "state_dtype", "summarize"]
@@ -60,4 +61,4 @@ def summarize(
 
 def combine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The summary of the first span followed by the second. Associative; (1, 0) is its identity."""
-    return first[0] * second[0], first[1] * second[0] + second[1]
+    return decayed(second[0], first[0]), decayed(second[0], first[1]) + second[1]
