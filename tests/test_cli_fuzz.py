@@ -51,7 +51,7 @@ TEXTS = [
 ]  # fmt: skip
 PATHS = [
     "", "nowhere", "nobody/nothing", "empty", "file.bin", "text.txt", "a[/b]", "x" * 300, "\udcff", "/dev/null",
-    "/proc/self", ".", "-", "closed", "link", "run", "run/seed-0", "run/model", "broken", "lo", "binary_metrics",
+    "/proc/self/mem", "/dev/zero", ".", "-", "closed", "link", "run", "run/seed-0", "run/model", "broken", "lo", "binary_metrics",
     "deep.json", "bad.jsonl", "bad.parquet", "bad.txt.gz", "pipe",
 ]  # fmt: skip
 VALUES = [
