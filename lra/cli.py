@@ -111,7 +111,7 @@ def train(
         str | None, typer.Option(help='A kind for every layer, "gated_conv based" in turn, or JSON.')
     ] = None,
     protocol: Annotated[str | None, typer.Option(help="seqlib, lra, s4 or nys; default: the recipe's.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds 0, 1, ...")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs, with seeds 0, 1, ...")] = 1,
     settings: Settings = None,
     output: Annotated[Path | None, typer.Option(callback=for_folder, help="Folder for the runs.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of runs to continue; nothing else is given then.")] = None,
@@ -212,7 +212,7 @@ def suite(
             help='Kinds to rank, "gated_conv based" for layers in turn, or JSON; default: some of each family.'
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per task and mixer.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs per task and mixer.")] = 1,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="No run begins after this long; default: the tier's, per seed.")
     ] = None,

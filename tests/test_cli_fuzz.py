@@ -1,7 +1,8 @@
 """Every option of every command with bad values: one line says what is wrong, never a traceback.
 
 Each command line runs in a forked process. What is tried is a table: values by the kind of the option, fields and
-values for `--set`, and a base of arguments per command that works.
+values for `--set`, and a base of arguments per command that works. A few values of each option are drawn from the
+table; `SEQLIB_FUZZ=all` tries every one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from matplotlib import figure
 from test_lra_data import imdb_folder, listops_folder
 
 from seqlib import lm, lra
-from seqlib.hf import console
+from seqlib.errors import SeqlibError
+from seqlib.hf import ByteTokenizer, console
+from seqlib.hf.runs import override
 from seqlib.lm import bench, corpus, demo, generate, runs, scoring, settings, sweep, train
 from seqlib.lm import cli as lm_cli
 from seqlib.lm import recipes as lm_recipes
@@ -40,7 +43,8 @@ from seqlib.lra import compare, leaderboard, recipes, report, seeds, speed, suit
 # Loaded once, before the forks.
 LOADED = (lm, lra, datasets, figure, bench, generate, scoring, sweep, train, compare, leaderboard, report, seeds, speed,
           suite, throughput)  # fmt: skip
-pytestmark = pytest.mark.slow
+WHOLE = os.environ.get("SEQLIB_FUZZ") == "all"  # an hour on two cores
+FEW, SETTINGS = 6, 30  # values of an option, and of --set, that are drawn otherwise
 
 INTEGERS = ["-1", "0", "9" * 25, "abc", "", "nan", "1e400", "0x10", "--", "½"]
 NUMBERS = ["nan", "inf", "-inf", "-1", "abc", "", "1e400"]
@@ -51,8 +55,8 @@ TEXTS = [
 ]  # fmt: skip
 PATHS = [
     "", "nowhere", "nobody/nothing", "empty", "file.bin", "text.txt", "a[/b]", "x" * 300, "\udcff", "/dev/null",
-    "/proc/self", ".", "-", "closed", "link", "run", "run/seed-0", "run/model", "broken", "lo", "binary_metrics",
-    "deep.json", "bad.jsonl", "bad.parquet", "bad.txt.gz", "pipe",
+    "/proc/self/mem", "/dev/zero", ".", "-", "closed", "link", "run", "run/seed-0", "run/model", "broken", "lo",
+    "binary_metrics", "deep.json", "bad.jsonl", "bad.parquet", "bad.txt.gz", "pipe",
 ]  # fmt: skip
 VALUES = [
     "", "-1", "0", "3.5", "NaN", "Infinity", "-1e400", "9" * 12, "true", "null", "abc", "[]", "{}", '{"m": 3}',
@@ -149,7 +153,7 @@ def _small() -> None:
     demo.demo = lm_recipes.tiny
 
 
-def call(app: str, root: Path, arguments: list[str], seconds: int = 15) -> tuple[int, str]:
+def call(app: str, root: Path, arguments: list[str], seconds: int = 60) -> tuple[int, str]:
     """Exit status and output of a command line, in a forked process."""
     read, write = os.pipe()
     child = os.fork()
@@ -231,10 +235,15 @@ def options(app: App, name: str) -> list[tuple[str, int, list[str]]]:
             continue
         values = INTEGERS if "int" in kind else NUMBERS if "float" in kind else TEXTS
         values = PATHS if "Path" in kind or {flag, parameter.name} & app.paths else values
-        if flag in ("--json", "--chart"):
-            values = [path for path in values if path != "pipe"]  # which may wait for its reader
+        if flag in ("--json", "--chart", "--prompt-file", "--lines"):  # which may wait for the other end, as it should
+            values = [path for path in values if path not in ("pipe", "/dev/zero")]
         if flag == "--set":
             values = [f"{key}={value}" for key in app.fields.get(name, app.fields[""]) for value in VALUES]
+        if name == "suite" and flag == "--minutes":  # without an end it runs to its own
+            values = [value for value in values if value not in ("inf", "1e400")]
+        if not WHOLE:
+            few = SETTINGS if flag == "--set" else FEW
+            values = random.Random(f"{name} {parameter.name}").sample(values, min(few, len(values)))
         found.append((flag or str(parameter.name), at, values))
     return found
 
@@ -247,6 +256,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("room", "name", "flag", "at", "values"),
     CASES,
@@ -254,15 +264,24 @@ CASES = [
     ids=[f"{app} {name} {flag}" for app, name, flag, _, _ in CASES],
 )
 def test_bad_values_are_told_in_a_line(name: str, flag: str, at: int, values: list[str], room) -> None:
+    faults = [fault for number, value in enumerate(values) if (fault := fault_of(room, name, flag, at, value, number))]
+    assert not faults, f"{len(faults)} of {len(values)}\n" + "\n".join(faults)
+
+
+@pytest.mark.parametrize("room", APPS, indirect=True)
+def test_a_few_bad_values_are_told_in_a_line(room) -> None:
+    choose = random.Random(0)
+    cases = choose.sample([case[1:] for case in CASES if case[0] == room[0]], 8)
+    faults = [fault for *case, values in cases if (fault := fault_of(room, *case, choose.choice(values), 0))]
+    assert not faults, "\n".join(faults)
+
+
+def fault_of(room: tuple[str, Path], name: str, flag: str, at: int, value: str, number: int) -> str | None:
     app, root = room
     base = APPS[app].instead.get((name, flag), APPS[app].base[name])
-    faults = []
-    for number, value in enumerate(values):
-        arguments = [f"{a}{number}" if a == "out" else a for a in tried(base, flag, at, value)]
-        status, told = call(app, root, [name, *arguments])
-        if not right(status, told):
-            faults.append(f"{value[:60]!r}: {status} {told.strip()[-900:]}")
-    assert not faults, f"{len(faults)} of {len(values)}\n" + "\n".join(faults)
+    arguments = [f"{a}{number}" if a == "out" else a for a in tried(base, flag, at, value)]
+    status, told = call(app, root, [name, *arguments])
+    return None if right(status, told) else f"{name} {flag} {value[:60]!r}: {status} {told.strip()[-900:]}"
 
 
 def tried(base: list[str], flag: str, at: int, value: str) -> list[str]:
@@ -273,6 +292,30 @@ def tried(base: list[str], flag: str, at: int, value: str) -> list[str]:
     if flag in base and flag != "--set":
         base = [*base[: base.index(flag)], *base[base.index(flag) + 2 :]]
     return [*base, flag, value]
+
+
+MAKERS: dict[str, Callable[[str], Any]] = {
+    "seqlib-lm": lambda setting: train.build_model(
+        override(lm_recipes.tiny(), ["d_model=16", "n_layer=1", 'mixers={"m": {"kind": "mamba"}}', "layer_pattern=m",
+                                     setting]), ByteTokenizer()),
+    "seqlib-lra": lambda setting: seeds.configure("tiny", "parity", [setting], None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("app", APPS)
+def test_every_field_of_a_recipe_with_every_bad_value(app: str) -> None:
+    """All of what `--set` is given above, without a process each: it makes a model, or is refused on purpose."""
+    fields = {key for of in APPS[app].fields.values() for key in of} - settings.FIELDS.keys() - settings.REFUSED.keys()
+    made = 0
+    for setting in (f"{key}={value}" for key in sorted(fields) for value in VALUES):
+        try:
+            MAKERS[app](setting)
+            made += 1
+        except SeqlibError as error:
+            assert str(error), setting
+        except Exception as error:
+            raise AssertionError(f"{setting[:80]} ends in {error!r}") from error
+    assert made > 20
 
 
 READERS: dict[str, tuple[Callable[[Path], bool], list[list[str]]]] = {
@@ -288,6 +331,7 @@ READERS: dict[str, tuple[Callable[[Path], bool], list[list[str]]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", APPS, indirect=True)
 def test_files_of_a_run_in_noise(room: tuple[str, Path]) -> None:
     """Every file of a run folder replaced, one at a time: what reads it says so."""

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,22 +108,26 @@ def cut(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Change a byte in the largest part of a file of torch."""
-    with zipfile.ZipFile(path) as archive:
-        part = archive.read(max(archive.infolist(), key=lambda info: info.file_size))
+    """Change one bit in the middle."""
     data = bytearray(path.read_bytes())
-    data[data.index(part) + len(part) // 2] ^= 0xFF
+    data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "config.json",
-         "training_args.bin")  # fmt: skip
+         "training_args.bin", "SHA256SUMS")  # fmt: skip
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "missing": Path.unlink,
     "empty": lambda path: path.write_bytes(b""),
     "cut": cut,
+    "one bit": flip,
     "noise": lambda path: path.write_bytes(os.urandom(500)),
 }
+
+
+def names(said: str, damaged: str) -> bool:
+    """Whether the file is named that was damaged; a wrong sum may be that of any file."""
+    return f"checkpoint-8/{damaged} " in said or (damaged == "SHA256SUMS" and damaged in said)
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +150,8 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, damage: str, killed, tmp
     with (tmp_path / "said").open("w") as file:
         train(recipe("steps=12"), part, resume=True, console=Console(file=file, width=400))
     said = (tmp_path / "said").read_text()
-    assert "checkpoint-8 is passed over: " in said and f"checkpoint-8/{name} " in said
+    assert "checkpoint-8 is passed over: " in said and names(said, name)
     assert "training goes on from checkpoint-4" in said and losses(part) == losses(whole)
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_a_changed_bit_in_a_checkpoint_is_noticed(name: str, killed, tmp_path: Path) -> None:
-    part = shutil.copytree(killed[1], tmp_path / "part")
-    path = part / "checkpoints" / "checkpoint-8" / name
-    flip(path)
-    with (tmp_path / "said").open("w") as file:
-        train(recipe("steps=12"), part, resume=True, console=Console(file=file, width=400))
-    assert "checkpoint-8 is passed over" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.parametrize("name", ["*", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])

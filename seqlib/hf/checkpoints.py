@@ -1,12 +1,12 @@
-"""Which checkpoint a run goes on from: the last one that is whole and of its model."""
+"""Which checkpoint a run goes on from: the last one that is whole, byte by byte, and of its model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
-import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from transformers import TrainerState
 
 from seqlib.errors import SeqlibError
 
-__all__ = ["Checkpoint", "last_whole"]
+__all__ = ["SUMS", "Checkpoint", "last_whole", "write_sums"]
+
+SUMS = "SHA256SUMS"
+"""Beside the files of a checkpoint; `sha256sum --check SHA256SUMS` reads it, too."""
 
 _WEIGHTS, _STATE, _OPTIMIZER, _SCHEDULE = "model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt"
-_ARCHIVES = (_OPTIMIZER, _SCHEDULE, "training_args.bin")
 _MODEL = ("vocab_size", "d_model", "n_layer", "layer_pattern", "mixers", "mlp", "embedding", "pooling", "pair_head")
 
 
@@ -39,18 +41,19 @@ class Checkpoint:
     def __init__(self, path: Path, model: nn.Module, needs_best: bool = True) -> None:
         self.path = path
         self.step = int(path.name.rpartition("-")[2])
+        sums = _read_sums(path)
+        for name in sums:
+            _check_sum(path, name, sums)
         self.state = self._read_state()
         _check_config(path / "config.json", model)
         _check_weights(path / _WEIGHTS, model)
-        states = [p.name for p in path.glob("rng_state_*.pth")] or ["rng_state.pth"]  # one per process
-        for name in (*_ARCHIVES, *states):
-            _check_archive(path / name)
         self._check_optimizer(model)
         self.best = self.path
         if self.state.best_model_checkpoint is not None:  # by name, because a run folder may be moved
             self.best = path.parent / Path(self.state.best_model_checkpoint).name
             self.state.best_model_checkpoint = str(self.best) if self.best.is_dir() else None
             if needs_best and self.best != path:
+                _check_sum(self.best, _WEIGHTS, _read_sums(self.best))
                 _check_weights(self.best / _WEIGHTS, model)
 
     def _read_state(self) -> TrainerState:
@@ -131,15 +134,39 @@ def _check_weights(path: Path, model: nn.Module) -> None:
         raise SeqlibError(f"{path} is of another model: {different[0]} is missing, unknown or of another shape")
 
 
-def _check_archive(path: Path) -> None:
-    """Raise unless every byte is as it was written; torch keeps a checksum of each part."""
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS of every file in a checkpoint, which tells later whether all of them are as they were."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """Sums by the names of their files."""
+    path = folder / SUMS
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
         raise SeqlibError(f"{path} is missing or damaged ({error})") from error
-    if damaged is not None:
-        raise SeqlibError(f"{path} is damaged (in {damaged})")
+    found = {name: value for value, _, name in (line.partition("  ") for line in lines)}
+    if not {_WEIGHTS, _STATE, _OPTIMIZER, _SCHEDULE} <= found.keys():
+        raise SeqlibError(f"{path} is damaged: it does not name every file of a checkpoint")
+    return found
+
+
+def _check_sum(folder: Path, name: str, sums: Mapping[str, str]) -> None:
+    path = folder / name
+    try:
+        found = _sum(path)
+    except OSError as error:
+        raise SeqlibError(f"{path} is missing or damaged ({error})") from error
+    if found != sums[name]:
+        raise SeqlibError(f"{path} is damaged: its SHA-256 is not the one in {SUMS}")
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load(path: Path) -> Any:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from seqlib.layers.kept import accumulating
 from seqlib.models.backbone import param_groups
 
+from .checkpoints import write_sums
 from .inputs import after_tokens
 from .keep import follow_umask
 from .modeling import SeqlibForCausalLM
@@ -34,7 +35,7 @@ class SeqlibTrainer(Trainer):
     - while nobody looks at logits, a language model computes its loss without them;
     - with gradient accumulation on one process, the kernels of long convolutions are made once per step;
     - a checkpoint is written aside and renamed when it is whole, so a killed process or a full disk leaves the one
-      before it as the last.
+      before it as the last, with a checksum of every file, by which damage is found on resume.
 
     Args:
         packed: lay the examples of a batch end to end in one row instead of padding them. States are reset and labels
@@ -130,6 +131,7 @@ class SeqlibTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(os.path.join(staging, name, TRAINER_STATE_NAME))
+            write_sums(Path(staging, name))
             follow_umask(Path(staging, name))
             shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier run
             os.replace(os.path.join(staging, name), final)
