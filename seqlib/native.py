@@ -149,6 +149,25 @@ def _cpu_features() -> frozenset[str] | None:
     return None
 
 
+_PRODUCTS = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+
+
+@functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of a 16-bit dtype on this CPU as such; where not, it is slower than float32.
+
+    True where the system does not tell. oneDNN does it, and may be told to use less than there is (ONEDNN_MAX_CPU_ISA).
+    """
+    features, most = _cpu_features(), os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    allowed = most in ("DEFAULT", "ALL") or any(
+        word in most for word in ("AMX", "AVX10", "FP16", *(("BF16",) if dtype == torch.bfloat16 else ()))
+    )
+    return features is None or (allowed and not features.isdisjoint(_PRODUCTS[dtype]))
+
+
 def _wanted(target: str) -> tuple[str, ...]:
     """What a library must serve to be taken here."""
     if target == "cuda":
