@@ -34,12 +34,15 @@ __all__ = [
     "Impl",
     "Op",
     "Verdict",
+    "batched",
     "explain",
+    "forward_mode",
     "preferred",
     "resolve",
     "transformed",
     "use_backend",
     "used",
+    "values_seen",
 ]
 
 TRANSFORMED = "derivatives by torch.func or forward mode"
@@ -269,14 +272,30 @@ def op_names() -> list[str]:
 
 def transformed() -> bool:
     """Whether torch.func or forward mode differentiates around this call."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return False
-    levels = retrieve_all_functorch_interpreters()
-    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
+    return not torch.compiler.is_compiling() and bool(_transforms() & {TransformType.Grad, TransformType.Jvp})
+
+
+def forward_mode() -> bool:
+    """Whether derivatives along a direction are taken around this call, which fused kernels do not have."""
+    return not torch.compiler.is_compiling() and TransformType.Jvp in _transforms()
+
+
+def batched() -> bool:
+    """Whether torch.func.vmap runs around this call: tensors have no numbers that Python could look at."""
+    return not torch.compiler.is_compiling() and TransformType.Vmap in _transforms()
+
+
+def values_seen() -> bool:
+    """Whether Python may look at the numbers in tensors: not while a compiler traces or vmap runs."""
+    return not torch.compiler.is_compiling() and not batched()
+
+
+def _transforms() -> set[Any]:
+    """The kinds of torch.func's transforms around this call; forward mode by itself counts as its jvp."""
+    found = {TransformType.Jvp} if forward_ad._current_level >= 0 else set()
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        found |= {level.key() for level in retrieve_all_functorch_interpreters()}
+    return found
 
 
 def _op(name: str) -> Op:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
+from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op, values_seen
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.linear_attention.summary import combine, summarize
 from seqlib.ops.remembered import remembered
@@ -171,7 +171,7 @@ def linear_attention(
         raise UnsupportedInput(f"v must be (batch, seqlen, nheads, headdim) and not empty, got {tuple(v.shape)}")
     _check(q, k, v, log_decay, initial_state)
     # On other devices the question would wait for the device.
-    if log_decay is not None and log_decay.dim() == 1 and v.device.type == "cpu" and not torch.compiler.is_compiling():
+    if log_decay is not None and log_decay.dim() == 1 and v.device.type == "cpu" and values_seen():
         if bool((log_decay > 0).any()):
             raise UnsupportedInput(f"log_decay must be at most 0, got a largest value of {float(log_decay.max())}")
     if not causal and initial_state is not None:
