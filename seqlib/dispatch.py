@@ -35,6 +35,7 @@ __all__ = [
     "Op",
     "Verdict",
     "batched",
+    "counted",
     "explain",
     "forward_mode",
     "preferred",
@@ -122,6 +123,9 @@ class Op:
     def choose(self, facts: Facts, form: str = "auto", backend: str = "auto") -> Callable[..., Any]:
         """The function that runs for these facts; remembered, because decoding asks the same at every step."""
         backend = preferred(self.name, backend)
+        if torch.compiler.is_exporting():
+            sizes = tuple((name, counted(size)) for name, size in facts.sizes)
+            facts = facts._replace(seqlen=counted(facts.seqlen), sizes=sizes)
         if torch.compiler.is_compiling():
             return _load(resolve(self, facts, form, backend).impl.target)
         if transformed():
@@ -278,6 +282,11 @@ def transformed() -> bool:
 def forward_mode() -> bool:
     """Whether derivatives along a direction are taken around this call, which fused kernels do not have."""
     return not torch.compiler.is_compiling() and TransformType.Jvp in _transforms()
+
+
+def counted(n: int) -> int:
+    """A size, for choices between implementations: one that an exported program leaves open counts as large."""
+    return 1 << 20 if isinstance(n, torch.SymInt) else n
 
 
 def batched() -> bool:

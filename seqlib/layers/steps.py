@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seqlib import native
-from seqlib.dispatch import may_be_native
+from seqlib.dispatch import counted, may_be_native
 from seqlib.layers.linear import Linear, is_plain
 from seqlib.layers.watched import watched
 from seqlib.ops.linear import FEW_ROWS
@@ -63,7 +63,7 @@ def project(x: Tensor, *layers: nn.Module | None) -> tuple[Any, ...]:
 
 def plain(layers: Sequence[nn.Module], rows: int, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]] | None:
     """Weights and biases of linear layers whose calls on few `rows` like x are nobody's business; else None."""
-    if not 0 < rows <= FEW_ROWS:
+    if not 0 < counted(rows) <= FEW_ROWS:
         return None
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []

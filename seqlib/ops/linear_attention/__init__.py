@@ -248,7 +248,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Ten
             raise UnsupportedInput(f"q, k and v must share one real float dtype, got {name} {t.dtype} and v {v.dtype}")
     if log_decay is not None:
         shapes = [(nheads,), (*lead, nheads), (*lead, nheads, d_state)]
-        if tuple(log_decay.shape) not in shapes or not log_decay.is_floating_point():
+        fitting = [shape for shape in shapes if len(shape) == log_decay.dim()]  # open sizes are compared alike only
+        if tuple(log_decay.shape) not in fitting or not log_decay.is_floating_point():
             allowed = ", ".join(map(str, shapes))
             raise UnsupportedInput(
                 f"log_decay must be real with shape {allowed} or None, got {log_decay.dtype} {tuple(log_decay.shape)}"
