@@ -34,7 +34,10 @@ __all__ = [
     "Impl",
     "Op",
     "Verdict",
+    "batched",
+    "counted",
     "explain",
+    "forward_mode",
     "mode",
     "preferred",
     "remembered",
@@ -42,6 +45,7 @@ __all__ = [
     "transformed",
     "use_backend",
     "used",
+    "values_seen",
 ]
 
 T = TypeVar("T")
@@ -130,6 +134,9 @@ class Op:
     def choose(self, facts: Facts, form: str = "auto", backend: str = "auto") -> Callable[..., Any]:
         """The function that runs for these facts; remembered, because decoding asks the same at every step."""
         backend = preferred(self.name, backend)
+        if torch.compiler.is_exporting():
+            sizes = tuple((name, counted(size)) for name, size in facts.sizes)
+            facts = facts._replace(seqlen=counted(facts.seqlen), sizes=sizes)
         if torch.compiler.is_compiling():
             return _load(resolve(self, facts, form, backend).impl.target)
         if transformed():
@@ -246,7 +253,7 @@ def remembered(key: Hashable, choose: Callable[[], T]) -> T:
 
 def mode(device: str) -> tuple[Any, ...]:
     """What else than its arguments decides which row a call gets; equal for calls that may share a choice."""
-    return _scope.get(), os.environ.get("SEQLIB_BACKEND"), torch.is_autocast_enabled(device), transformed()
+    return _scope.get(), os.environ.get("SEQLIB_BACKEND"), torch.is_autocast_enabled(device), _transforms()
 
 
 @torch.compiler.assume_constant_result  # compilers cannot trace a ContextVar; the scope at trace time holds
@@ -324,14 +331,35 @@ def op_names() -> list[str]:
 
 def transformed() -> bool:
     """Whether torch.func or forward mode differentiates around this call."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return False
-    levels = retrieve_all_functorch_interpreters()
-    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
+    return not torch.compiler.is_compiling() and bool(_transforms() & {TransformType.Grad, TransformType.Jvp})
+
+
+def forward_mode() -> bool:
+    """Whether derivatives along a direction are taken around this call, which fused kernels do not have."""
+    return not torch.compiler.is_compiling() and TransformType.Jvp in _transforms()
+
+
+def counted(n: int) -> int:
+    """A size, for choices between implementations: one that an exported program leaves open counts as large."""
+    return 1 << 20 if isinstance(n, torch.SymInt) else n
+
+
+def batched() -> bool:
+    """Whether torch.func.vmap runs around this call: tensors have no numbers that Python could look at."""
+    return not torch.compiler.is_compiling() and TransformType.Vmap in _transforms()
+
+
+def values_seen() -> bool:
+    """Whether Python may look at the numbers in tensors: not while a compiler traces or vmap runs."""
+    return not torch.compiler.is_compiling() and not batched()
+
+
+def _transforms() -> set[Any]:
+    """The kinds of torch.func's transforms around this call; forward mode by itself counts as its jvp."""
+    found = {TransformType.Jvp} if forward_ad._current_level >= 0 else set()
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        found |= {level.key() for level in retrieve_all_functorch_interpreters()}
+    return found
 
 
 def _op(name: str) -> Op:

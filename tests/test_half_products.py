@@ -31,7 +31,14 @@ def without(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("shape", "d_out", "panel"),
-    [((5, 7), 3, 2**20), ((2, 9, 24), 50, 24 * 16), ((24,), 33, 100), ((0, 8), 4, 2**20), ((3, 8), 0, 8), ((3, 0), 4, 8)],
+    [
+        ((5, 7), 3, 2**20),
+        ((2, 9, 24), 50, 24 * 16),
+        ((24,), 33, 100),
+        ((0, 8), 4, 2**20),
+        ((3, 8), 0, 8),
+        ((3, 0), 4, 8),
+    ],
 )
 def test_widened_products_round_once(shape, d_out, panel, bias, dtype, without, monkeypatch) -> None:
     monkeypatch.setattr(torch_impl, "PANEL", panel)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.dispatch import values_seen
 from seqlib.errors import UnsupportedInput
 from seqlib.sequence import SequenceInfo, previous_real
 
@@ -56,7 +57,7 @@ def sequence_info(
             raise UnsupportedInput(f"position_ids must have shape {(batch, seqlen)}, got {tuple(position_ids.shape)}")
         starts = _starts(position_ids.expand(batch, -1), real, fresh=not seen)
     if starts is not None:
-        starts = starts if bool(starts.any()) else None
+        starts = starts if not values_seen() or bool(starts.any()) else None
     if starts is None and real is None:
         return None
     seq = SequenceInfo(starts=starts, padding_mask=real)
@@ -81,19 +82,25 @@ def _starts(positions: Tensor, real: Tensor | None, *, fresh: bool) -> Tensor:
 
 
 def padding_mask(batch: int, seqlen: int, seen: int, attention_mask: Any) -> Tensor | None:
-    """(batch, seqlen) bool, True at real tokens among the new ones; None if all are real."""
+    """(batch, seqlen) bool, True at real tokens among the new ones; None if all are real.
+
+    Where numbers cannot be looked at, in a compiled or exported program, a mask is never found to hide nothing, and
+    numbers other than 0 and 1 are taken for 1.
+    """
     if isinstance(attention_mask, dict):
         masks = [mask for mask in attention_mask.values() if mask is not None]
         attention_mask = next((mask for mask in masks if mask.dim() == 2), masks[0] if masks else None)
     if attention_mask is None:
         return None
-    if tuple(attention_mask.shape) not in ((batch, seqlen), (batch, seen + seqlen)):
+    if attention_mask.dim() != 2 or tuple(attention_mask.shape) not in ((batch, seqlen), (batch, seen + seqlen)):
         raise UnsupportedInput(
             f"attention_mask must have shape (batch, seqlen) = {(batch, seqlen)}, with or without the {seen} tokens "
             f"before, got {tuple(attention_mask.shape)}. It marks padding with 0; causality and windows are the "
             "mixers' own, and packed documents are given by position_ids, seq_idx or cu_seq_lens_q"
         )
     real = attention_mask[:, -seqlen:] != 0
+    if not values_seen():
+        return real
     if bool((real & (attention_mask[:, -seqlen:] != 1)).any()):
         raise UnsupportedInput(
             "attention_mask must be 1 at real tokens and 0 at padding; it holds other numbers. Masks that are added to "

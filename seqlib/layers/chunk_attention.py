@@ -48,6 +48,8 @@ def chunk_attention(
     Source: Ma et al. 2022 (arXiv 2209.10655), section 3.3; facebookresearch/mega, moving_average_gated_attention.py.
     """
     batch, seqlen = q.shape[:2]
+    if seq is None and state is None:
+        return _whole_rows(q, k, v, relative, scores, chunk_size, causal)
     before = torch.zeros(batch, dtype=torch.long, device=q.device) if state is None else state.length
     seq = seq or SequenceInfo()
     document = q.new_zeros(batch, seqlen, dtype=torch.long) if seq.document_ids is None else seq.document_ids
@@ -82,6 +84,29 @@ def chunk_attention(
     found = _attend(queries, keys, values, bias, visible, scores)
     y = torch.zeros_like(v).index_put((rows, columns), found[group, at])
     return y, _state(keys, values, rows, group, at, state, batch, chunk_size) if causal else None
+
+
+def _whole_rows(
+    q: Tensor, k: Tensor, v: Tensor, relative: Callable[[int], Tensor], scores: str, chunk_size: int | None,
+    causal: bool,
+) -> tuple[Tensor, KVState | None]:  # fmt: skip
+    """The same for rows of one document, without a look at any number."""
+    batch, seqlen = q.shape[:2]
+    size = seqlen if chunk_size is None else min(seqlen, chunk_size)
+    count = -(-seqlen // size)
+    queries, keys, values = (F.pad(t, (0, 0, 0, count * size - seqlen)).unflatten(1, (count, size)) for t in (q, k, v))
+    index = torch.arange(size, device=q.device)
+    visible = (torch.arange(count * size, device=q.device) < seqlen).unflatten(0, (count, size))[:, None]
+    visible = visible & ((index <= index[:, None]) if causal else torch.ones_like(index, dtype=torch.bool))
+    bias = relative(size)[index - index[:, None] + size - 1]
+    y = _attend(queries, keys, values, bias, visible, scores).flatten(1, 2)[:, :seqlen]
+    if not causal:
+        return y, None
+    made = KVState.empty(batch, chunk_size or size, 1, k.shape[-1], v.shape[-1], dtype=k.dtype, device=k.device)
+    length = seqlen - (count - 1) * size
+    room = (0, 0, 0, made.capacity - length)
+    last_k, last_v = (F.pad(t[:, seqlen - length :], room)[:, :, None] for t in (k, v))
+    return y, KVState(last_k, last_v, torch.full_like(made.length, length))
 
 
 def chunk_attention_step(

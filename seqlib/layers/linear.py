@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from seqlib.dispatch import counted
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.fused import is_plain
 from seqlib.ops.linear import FEW_ROWS, few_rows
@@ -20,7 +21,9 @@ __all__ = ["Affine", "Linear", "ordinary", "stored", "takes_few_rows"]
 
 def takes_few_rows(layer: nn.Linear, x: Tensor) -> bool:
     """Whether `ops.linear.few_rows` may run in the layer's place: up to FEW_ROWS rows, no gradient, no autocast."""
-    few = x.numel() <= FEW_ROWS * layer.in_features and x.dtype == layer.weight.dtype and is_plain(layer.weight)
+    few = (
+        counted(x.numel()) <= FEW_ROWS * layer.in_features and x.dtype == layer.weight.dtype and is_plain(layer.weight)
+    )
     return few and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqlib.dispatch import batched
 from seqlib.errors import ConfigError
 from seqlib.fields import from_fields
 from seqlib.layers.init import fill_, linear_, uniform_
@@ -139,6 +140,8 @@ class MoE(nn.Module):
         return weights * c.scale, chosen
 
     def _experts(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        if batched() or torch.compiler.is_exporting():  # who chose which expert cannot be looked at
+            return self._all(x, weights, chosen)
         experts, order = chosen.flatten().sort()
         token = order // chosen.shape[1]
         # What torch's grouped product is made for: 16 bits, in rows of whole 16 bytes.
@@ -162,6 +165,12 @@ class MoE(nn.Module):
             hidden = self._activated(by(rows, self.in_weight[expert], None))
             parts.append(by(hidden, self.out_weight[expert], None))
         return torch.cat(parts)
+
+    def _all(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """The same, every token through all experts."""
+        share = weights.new_zeros(len(x), self.config.nexperts).scatter_add(1, chosen, weights)
+        hidden = self._activated(torch.einsum("td,ehd->teh", x, self.in_weight))
+        return torch.einsum("teh,edh,te->td", hidden, self.out_weight, share)
 
     def _activated(self, hidden: Tensor) -> Tensor:
         if not self.config.gated:
@@ -190,14 +199,19 @@ def balance_loss(scores: Tensor, chosen: Tensor) -> Tensor:
 class _AddLoss(torch.autograd.Function):
     """x as it is; in the backward pass `loss` counts as if it had been added to the model's loss."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.like = loss.detach()
-        return x.view_as(x)
+    def forward(x: Tensor, loss: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], torch.ones_like(ctx.like)
+        return grads[0], torch.ones_like(ctx.saved_tensors[0])
 
 
 def channel_config(values: Mapping[str, Any] | MLPConfig | None) -> MLPConfig | None:

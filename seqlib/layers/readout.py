@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seqlib.dispatch import counted
 from seqlib.errors import ConfigError
 from seqlib.layers.binding import fusable
 from seqlib.layers.init import fill_, linear_
@@ -84,7 +85,7 @@ class Readout(nn.Module):
         return (
             (self.activation, self.output) == ("gelu", "glu")
             and y.device.type == "cpu"
-            and y.numel() > FEW_ROWS * y.shape[-1]
+            and counted(y.numel()) > FEW_ROWS * y.shape[-1]
             and proj is not None
             and fusable(proj)
             and y.dtype == proj.weight.dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -136,8 +136,8 @@ class Hyena(Mixer[HyenaConfig]):
 
     def _make(self) -> Tensor:
         c, h = self.config, wide(self.positions)
-        weights = [layer.get_parameter("weight") for layer in self.filter]
-        biases = [layer.get_parameter("bias") for layer in self.filter[:-1]]
+        weights = [cast(Affine, layer).weight for layer in self.filter]
+        biases = [cast(Tensor, cast(Affine, layer).bias) for layer in self.filter[:-1]]
         with torch.autocast(h.device.type, enabled=False):
             for weight, bias in zip(weights[:-1], biases):
                 h = torch.sin(wide(self.frequency) * F.linear(h, wide(weight), wide(bias)))

@@ -145,8 +145,9 @@ class BigBird(PatternAttention[BigBirdConfig]):
         seen[ends], seen[:, ends] = True, True
         for i in range(count):
             generator = torch.Generator().manual_seed((c.seed * 1000 + self.layer_index) * 100_000 + i)
-            among = i if self.causal else count
-            seen[i, torch.randperm(among, generator=generator)[: c.n_random]] = True
+            with torch._C._DisableFuncTorch():  # the same numbers for every sample, which vmap does not know
+                drawn = torch.randperm(i if self.causal else count, generator=generator)[: c.n_random]
+            seen[i, drawn] = True
         return seen.repeat_interleave(c.block, 0).repeat_interleave(c.block, 1)[:n, :n]
 
 

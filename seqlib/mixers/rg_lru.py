@@ -147,11 +147,26 @@ class _Root(torch.autograd.Function):
     """sqrt(x), whose slope is infinite at 0, with a bounded one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         return x.sqrt()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grads[0] * (0.25 / x.clamp(min=0.25 / _MAX_SLOPE**2)).sqrt()
+        return grads[0] * _slope(*ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0] * _slope(*ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None], x: Tensor) -> tuple[Tensor, int | None]:
+        return _Root.apply(x), in_dims[0]
+
+
+def _slope(x: Tensor) -> Tensor:
+    return (0.25 / x.clamp(min=0.25 / _MAX_SLOPE**2)).sqrt()

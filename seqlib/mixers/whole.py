@@ -16,6 +16,7 @@ from seqlib.layers.linear import Linear, stored
 from seqlib.mixers.base import Mixer, MixerConfig, positive
 from seqlib.mixers.lti import NoState, refuse_state
 from seqlib.mixers.matrix import divide
+from seqlib.ops.attention.torch_impl import softmax_attention as fused_attention
 from seqlib.sequence import SequenceInfo, State
 
 __all__ = ["HeadsConfig", "PastInputs", "WholeHeads", "WholeMixer", "softmax_attention"]
@@ -153,7 +154,7 @@ def softmax_attention(
 ) -> Tensor:
     """softmax(scale q k^T) v for q (b, n, h, p), k and v (b, m, h, p); mask (n, m) or (b, 1, n, m), True where seen."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    return fused_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
 def _documents(seq: SequenceInfo, device: torch.device) -> Iterator[Tensor]:

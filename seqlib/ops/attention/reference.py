@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.dispatch import values_seen
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import KVState
 from seqlib.sequence import SequenceInfo
@@ -26,7 +27,7 @@ def attention(
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, KVState]:
     batch, seqlen = q.shape[:2]
-    if log_decay is not None and bool((log_decay > 0).any()):
+    if log_decay is not None and values_seen() and bool((log_decay > 0).any()):
         raise UnsupportedInput(f"log_decay must be at most 0, got a largest value of {float(log_decay.max())}")
     capacity = window or (seqlen if state is None else state.capacity)
     rows = []

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seqlib.dispatch import batched, forward_mode
 from seqlib.ops.attention.past import Tokens, with_past
 from seqlib.ops.attention.state import KVState, append
 from seqlib.ops.decays import FORGETS, summable
@@ -20,7 +22,7 @@ from seqlib.ops.derivatives import recomputed
 from seqlib.ops.documents import documents, take, zero_padding
 from seqlib.sequence import SequenceInfo
 
-__all__ = ["Rule", "attend", "attention_chunked", "attention_parallel", "sums_of_last"]
+__all__ = ["Rule", "attend", "attention_chunked", "attention_parallel", "softmax_attention", "sums_of_last"]
 
 # Entries of a mask that may exist at one time, and the narrowest block of queries it may force.
 _MASK, _BLOCK = 1 << 19, 64
@@ -178,8 +180,15 @@ def _sdpa(queries: Tokens, keys: Tokens, rule: Rule, **options: Any) -> Tensor:
         return _gated(q, k, v, gate[0], key_gate[0], scale, **options)
     # The fused kernels want one head width; without them torch would write out all scores.
     q, k, v = (F.pad(t, (0, max(q.shape[3], width) - t.shape[3])).transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, scale=scale, **options)
-    return y.transpose(1, 2)[..., :width]
+    return softmax_attention(q, k, v, scale=scale, **options).transpose(1, 2)[..., :width]
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """torch's scaled_dot_product_attention; by its matrix products where the fused kernels have no rule."""
+    if forward_mode() or batched():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def _rectified(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
+from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op, values_seen
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.linear_attention.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
@@ -170,7 +170,7 @@ def linear_attention(
         raise UnsupportedInput(f"v must be (batch, seqlen, nheads, headdim) and not empty, got {tuple(v.shape)}")
     _check(q, k, v, log_decay, initial_state)
     # On other devices the question would wait for the device.
-    if log_decay is not None and log_decay.dim() == 1 and v.device.type == "cpu" and not torch.compiler.is_compiling():
+    if log_decay is not None and log_decay.dim() == 1 and v.device.type == "cpu" and values_seen():
         if bool((log_decay > 0).any()):
             raise UnsupportedInput(f"log_decay must be at most 0, got a largest value of {float(log_decay.max())}")
     if not causal and initial_state is not None:
@@ -247,7 +247,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Ten
             raise UnsupportedInput(f"q, k and v must share one real float dtype, got {name} {t.dtype} and v {v.dtype}")
     if log_decay is not None:
         shapes = [(nheads,), (*lead, nheads), (*lead, nheads, d_state)]
-        if tuple(log_decay.shape) not in shapes or not log_decay.is_floating_point():
+        fitting = [shape for shape in shapes if len(shape) == log_decay.dim()]  # open sizes are compared alike only
+        if tuple(log_decay.shape) not in fitting or not log_decay.is_floating_point():
             allowed = ", ".join(map(str, shapes))
             raise UnsupportedInput(
                 f"log_decay must be real with shape {allowed} or None, got {log_decay.dtype} {tuple(log_decay.shape)}"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, counted
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["IMPLS", "OP", "PAIRS", "rotate"]
@@ -59,11 +59,11 @@ def facts(q: Tensor, k: Tensor, theta: Tensor, positions: Tensor, *, pairs: str 
     used = {
         pairs: True,
         "angles for each head": theta.dim() > 1,
-        "positions that broadcast": positions.shape != q.shape[:-2],
+        "positions that broadcast": torch.compiler.is_exporting() or positions.shape != q.shape[:-2],
         "other dtypes of angles": theta.dtype != torch.float32 or positions.dtype != torch.int64,
     }
     tokens = q.shape[:-2].numel()
-    sizes = (("headdim", q.shape[-1]), ("angles", theta.shape[-1]), ("tokens", min(tokens, FEW_TOKENS + 1)))
+    sizes = (("headdim", q.shape[-1]), ("angles", theta.shape[-1]), ("tokens", min(counted(tokens), FEW_TOKENS + 1)))
     features = frozenset(name for name, given in used.items() if given)
     return Facts(q.device.type, q.dtype, q.shape[-3], needs_grad, features, sizes)
 

@@ -136,7 +136,8 @@ def real_pairs(t: Tensor, *, conjugate: bool = False) -> Tensor:
     """(..., n) complex as (..., 2n) real, so that Re(sum x y) is the product of pairs of x and of conj(y)."""
     if not t.is_complex():
         return t
-    return torch.view_as_real(t.conj().resolve_conj() if conjugate else t).flatten(-2)
+    # Not t.conj(), whose gradient is a view that vmap does not know.
+    return (torch.stack([t.real, -t.imag], -1) if conjugate else torch.view_as_real(t)).flatten(-2)
 
 
 def block_size(length: int) -> int:
