@@ -116,7 +116,7 @@ def in_steps(model: SeqlibForCausalLM) -> None:
 
 
 def in_generate(model: SeqlibForCausalLM, **options: Any) -> None:
-    ids, mask = left_padded(prompt(5, 11)) if supports(model, "padded") else (torch.cat(prompt(11, 11)), None)
+    ids, mask = left_padded(prompt(3, 10)) if supports(model, "padded") else (torch.cat(prompt(10, 10)), None)
     asked = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
     out = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **asked, **options)
     for row, said, logits in zip(ids, out.sequences, torch.stack(out.logits, 1)):
