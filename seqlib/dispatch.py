@@ -7,6 +7,7 @@ refused; every refusal is a sentence. `explain` and `python -m seqlib.dispatch` 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch._C._functorch import TransformType
@@ -38,10 +39,13 @@ __all__ = [
     "preferred",
     "resolve",
     "transformed",
+    "undisturbed",
     "use_backend",
     "used",
 ]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 TRANSFORMED = "derivatives by torch.func or forward mode"
 """A feature that `Op.choose` finds by itself; rows of plain torch operations have it, unless they refuse it."""
 BACKENDS = ("reference", "torch", "native", "triton", "vendor")
@@ -277,6 +281,20 @@ def transformed() -> bool:
         return False
     levels = retrieve_all_functorch_interpreters()
     return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
+
+
+def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` as documented whatever surrounds the call: autocast would multiply its matrices in 16 bits."""
+
+    @functools.wraps(function)
+    def apart(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        device = next(t.device.type for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return apart
 
 
 def _op(name: str) -> Op:

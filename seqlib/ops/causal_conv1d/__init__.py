@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.remembered import remembered
 from seqlib.sequence import SequenceInfo
@@ -95,6 +95,7 @@ OP = Op("causal_conv1d", IMPLS, facts, "causal_conv1d")
 STEP = Op("causal_conv1d", STEP_IMPLS, facts, "step")
 
 
+@undisturbed
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -143,6 +144,7 @@ def causal_conv1d(
     return run(x, weight, bias, activation=activation, initial_state=initial_state, seq=seq)
 
 
+@undisturbed
 def step(
     x: Tensor,
     weight: Tensor,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
+from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.delta_rule.summary import combine, summarize
 from seqlib.ops.remembered import remembered
@@ -86,6 +86,7 @@ OP = Op("delta_rule", IMPLS, facts, "delta_rule")
 STEP = Op("delta_rule", STEP_IMPLS, facts, "step")
 
 
+@undisturbed
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -151,6 +152,7 @@ def delta_rule(
     return run(q, k, v, beta, log_decay, scale=scale, seq=seq, **options)
 
 
+@undisturbed
 def step(
     q: Tensor,
     k: Tensor,
