@@ -7,6 +7,7 @@ refused; every refusal is a sentence. `explain` and `python -m seqlib.dispatch` 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -16,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch._C._functorch import TransformType
@@ -43,11 +44,14 @@ __all__ = [
     "remembered",
     "resolve",
     "transformed",
+    "undisturbed",
     "use_backend",
     "used",
     "values_seen",
 ]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 TRANSFORMED = "derivatives by torch.func or forward mode"
 """A feature that `Op.choose` finds by itself; rows of plain torch operations have it, unless they refuse it."""
@@ -360,6 +364,20 @@ def _transforms() -> set[Any]:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         found |= {level.key() for level in retrieve_all_functorch_interpreters()}
     return found
+
+
+def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` as documented whatever surrounds the call: autocast would multiply its matrices in 16 bits."""
+
+    @functools.wraps(function)
+    def apart(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        device = next(t.device.type for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return apart
 
 
 def _op(name: str) -> Op:

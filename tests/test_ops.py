@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -73,11 +74,14 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _run(op: Op, inputs: dict, form: str, backend: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _run(
+    op: Op, inputs: dict, form: str, backend: str, *, around: AbstractContextManager | None = None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs with what the op wrote, and the gradients of a fixed random combination with respect to every input."""
     function = getattr(importlib.import_module(f"seqlib.ops.{op.name}"), op.function)
     inputs = inputs | {name: inputs[name].detach().clone() for name in op.writes}
-    made = outputs(function(**inputs, form=form, backend=backend)) + [inputs[name] for name in op.writes]
+    with around or nullcontext():
+        made = outputs(function(**inputs, form=form, backend=backend)) + [inputs[name] for name in op.writes]
     smooth = [t for t in made if t.requires_grad]
     leaves = _leaves(inputs)
     g = torch.Generator().manual_seed(1)
@@ -103,7 +107,10 @@ def _close(
     assert got.shape == want.shape, name
     if not want.numel():
         return
-    assert bool(torch.isfinite(got.abs()).all()), f"{name} has NaN or Inf"
+    known = want.abs().isfinite()
+    assert bool(got.abs().isfinite()[known].all()), f"{name} has NaN or Inf"
+    assert bool(known.any()), f"{name} is nowhere finite in the reference"
+    got, want = got[known], want[known]
     wide = torch.complex128 if want.is_complex() else torch.float64
     got, want = got.to(wide), want.to(wide)
     error = (got - want).abs()
@@ -323,3 +330,68 @@ def test_summaries_forget_at_a_document_start(name: str, poison: float) -> None:
     }
     for want, got in zip(joined(given), joined(poisoned), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def _steps():
+    for name, op in OPS.items():
+        module = importlib.import_module(f"seqlib.ops.{name}")
+        rows = {i.name: i for i in getattr(module, "STEP_IMPLS", ())} if hasattr(module, "step") else {}
+        for case in CASES[name]:
+            if not case.name.endswith("_ends") and case.name != "ends":
+                continue
+            inputs = case.inputs(torch.float32)
+            if "seq" in inputs or not {"initial_state", "state"} & inputs.keys():
+                continue
+            for backend in rows or (["only"] if hasattr(module, "step") else []):
+                for isa in ("avx512", "avx2", "portable") if backend == "native" else (None,):
+                    yield pytest.param(
+                        op, backend, case, isa, id="-".join(filter(None, (name, backend, case.name, isa)))
+                    )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("op", "backend", "case", "isa"), list(_steps()), indirect=["isa"])
+def test_steps_at_the_ends_of_decays(op: Op, backend: str, case: Case, isa, autocast: bool) -> None:
+    """Every row of every step, token by token, against the reference of the whole sequence; also inside autocast."""
+    module = importlib.import_module(f"seqlib.ops.{op.name}")
+    inputs = case.inputs(torch.float32)
+    wide = {k: v.map(lambda t: _widen(t, torch.float64)) if isinstance(v, State) else _widen(v, torch.float64)
+            for k, v in inputs.items()}  # fmt: skip
+    want = outputs(getattr(module, op.function)(**wide, form="reference", backend="reference"))[0].detach()
+    inputs.pop("chunk_size", None)
+    given = inputs.pop("initial_state", None)
+    state = given.clone() if given is not None else inputs.pop("state")
+    if isinstance(state, State) and "window" not in inputs:
+        state = state.reserve(int(state.length.max()) + want.shape[1])
+    known = {} if backend == "only" else {"backend": backend}
+    for t in range(min(want.shape[1], 24)):
+        now = {k: v[:, t] if isinstance(v, Tensor) and v.shape[:2] == want.shape[:2] else v for k, v in inputs.items()}
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = module.step(**now, state=state, **known)
+        except BackendUnavailable as error:
+            pytest.skip(f"outside this row: {error}")
+        _close(f"y at {t}", y, want[:, t], torch.float32, gradient=False)
+
+
+def _plain_rows():
+    for name, op in OPS.items():
+        for impl in op.impls:
+            for case in CASES[name]:
+                if not case.bench and "cpu" in (*impl.devices, "cpu")[:1]:
+                    yield pytest.param(op, impl, case, id=f"{name}-{impl.name}-{impl.form}-{case.name}")
+
+
+@pytest.mark.parametrize(("op", "impl", "case"), list(_plain_rows()))
+def test_autocast_around_an_op_changes_nothing(op: Op, impl: Impl, case: Case) -> None:
+    """Dtypes and every bit of the results are those without it, and of gradients, which torch wants taken outside."""
+    inputs = case.inputs(torch.float32, requires_grad=impl.grad)
+    try:
+        resolve(op, op.facts(**inputs), impl.form, impl.name)
+    except BackendUnavailable as error:
+        pytest.skip(f"outside this row: {error}")
+    want, want_grads = _run(op, inputs, impl.form, impl.name)
+    around = torch.autocast("cpu", torch.bfloat16)
+    got, got_grads = _run(op, inputs, impl.form, impl.name, around=around)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got_grads, want_grads, rtol=0, atol=0, equal_nan=True)

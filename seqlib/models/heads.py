@@ -52,6 +52,8 @@ def lm_loss(
         raise UnsupportedInput(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index).reshape(-1)
     divisor = None if num_items is None else torch.as_tensor(num_items, device=hidden.device)
+    if torch.is_autocast_enabled(hidden.device.type):  # the op multiplies in the dtype of the weight
+        weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
     return linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, targets,
         divisor=divisor, ignore_index=ignore_index, scale=scale, softcap=softcap,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from seqlib.sequence import State
 
-__all__ = ["Case", "outputs"]
+__all__ = ["LOG_DECAY_ENDS", "Case", "at_ends", "outputs"]
+
+LOG_DECAY_ENDS = (0.0, -1e4, -1e30, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Case:
 
         made = self.build(torch.Generator().manual_seed(seed))
         return {name: cast(name, value) for name, value in made.items()}
+
+
+def at_ends(t: Tensor, ends: tuple[float, ...] = LOG_DECAY_ENDS) -> Tensor:
+    """t with these values at every other place, in turn: decays at the ends of their range among ordinary ones."""
+    flat = t.flatten().clone()
+    for i, end in enumerate(ends):
+        flat[2 * i :: 2 * len(ends) + 1] = end
+    return flat.view_as(t)
 
 
 def outputs(result: Any) -> list[Tensor]:

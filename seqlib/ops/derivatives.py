@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from seqlib.dispatch import transformed
+from seqlib.dispatch import transformed, undisturbed
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["once", "recomputed"]
@@ -20,7 +20,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     torch.autograd.function.once_differentiable does not say so where the incoming gradient is a constant.
     """
-    op = backward.__module__.split(".")[2]
+    op, run = backward.__module__.split(".")[2], undisturbed(backward)
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Any) -> Any:
@@ -29,7 +29,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
                 f"this row of {op} has first derivatives only, and create_graph=True asks for more; "
                 "compute it under seqlib.use_backend('reference')"
             )
-        return backward(ctx, *grads)
+        return run(ctx, *grads)
 
     return checked
 

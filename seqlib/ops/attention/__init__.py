@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.decode import step
 from seqlib.ops.attention.state import KVState
@@ -103,6 +103,7 @@ def facts(
 OP = Op("attention", IMPLS, facts, "attention")
 
 
+@undisturbed
 def attention(
     q: Tensor,
     k: Tensor,
@@ -130,8 +131,8 @@ def attention(
         q: (batch, seqlen, nheads, headdim), a floating dtype.
         k: (batch, seqlen, nheads_kv, headdim), nheads_kv divides nheads.
         v: (batch, seqlen, nheads_kv, headdim_v).
-        log_decay: (batch, seqlen, nheads), natural logarithms of forget gates, at most 0 and finite, any floating dtype
-            and not scaled by `scale`; only with causal=True. None forgets nothing.
+        log_decay: (batch, seqlen, nheads), natural logarithms of forget gates, at most 0, any floating dtype and not
+            scaled by `scale`; below -10,000 they count as -10,000. Only with causal=True. None forgets nothing.
         window: at least 1, the current token included; None for no bound.
         causal: False lets tokens see those after them; only without a state.
         scale: None is 1/sqrt(headdim).

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.ops.attention.state import KVState
-from seqlib.ops.case import Case
+from seqlib.ops.case import Case, at_ends
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["CASES", "from_letters"]
@@ -27,6 +27,7 @@ def _build(
     lengths: Sequence[int] | None = None,
     capacity: int = 0,
     decays: bool = False,
+    ends: bool = False,
     **options: Any,
 ) -> Callable[[torch.Generator], dict[str, Any]]:
     """`lengths`: tokens that each row's state has seen; its capacity is the window, or else `capacity`."""
@@ -43,6 +44,8 @@ def _build(
         }
         if decays:
             made["log_decay"] = F.logsigmoid(draw(batch, seqlen, nheads))
+        if ends:
+            made["log_decay"] = at_ends(made["log_decay"])
         if lengths is not None:
             slots = options.get("window") or capacity
             made["state"] = KVState(
@@ -139,6 +142,11 @@ CASES = (
         _build(5, 13, 2, 8, window=4, decays=True, lengths=(4, 9, 6, 0, 3), seq=_CONTINUED),
         keep=_KEEP,
     ),
+    Case("forget_ends", _build(2, 150, 2, 8, nheads_kv=1, decays=True, ends=True), keep=_KEEP),
+    Case("forget_window_ends", _build(1, 200, 2, 8, window=16, decays=True, ends=True), keep=_KEEP),
+    Case("forget_ring_ends", _build(3, 70, 2, 8, window=16, decays=True, ends=True, lengths=(0, 5, 33)), keep=_KEEP),
+    Case("forget_state_ends", _build(3, 9, 2, 8, decays=True, ends=True, lengths=(0, 7, 20), capacity=40), keep=_KEEP),
+    Case("forget_mixed_ends", _build(4, 17, 4, 8, decays=True, ends=True, seq=_MIXED), keep=_KEEP),
     Case("relu", _build(2, 70, 4, 8, nheads_kv=2, headdim_v=12, relu=True)),
     Case("relu_bidirectional_padded", _build(4, 17, 2, 8, causal=False, relu=True, seq=_MIXED)),
     Case("relu_window", _build(1, 200, 2, 8, window=16, relu=True)),

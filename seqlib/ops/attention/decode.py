@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.dispatch import undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import KVState
 from seqlib.ops.decays import FORGETS
@@ -13,6 +14,7 @@ from seqlib.ops.decays import FORGETS
 __all__ = ["step"]
 
 
+@undisturbed
 def step(
     q: Tensor,
     k: Tensor,

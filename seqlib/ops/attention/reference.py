@@ -8,6 +8,7 @@ from torch import Tensor
 from seqlib.dispatch import values_seen
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import KVState
+from seqlib.ops.decays import FORGETS
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["attention", "walk"]
@@ -93,7 +94,7 @@ def walk(b: int, seqlen: int, before: int, seq: SequenceInfo | None) -> tuple[li
 def _decays(log_decay: Tensor, held: list[Tensor]) -> Tensor:
     """(1 + queries, keys, nheads): what is forgotten of each key, those that the state holds first, before the first
     query and up to each one."""
-    log_decay = log_decay.to(torch.float64 if log_decay.dtype == torch.float64 else torch.float32)
+    log_decay = log_decay.to(torch.float64 if log_decay.dtype == torch.float64 else torch.float32).clamp(min=-FORGETS)
     up_to = [torch.cat([known[None], known + log_decay.cumsum(0)]) for known in held]
     for j in range(len(log_decay)):
         after = log_decay[j + 1 :].cumsum(0)

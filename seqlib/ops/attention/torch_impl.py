@@ -176,11 +176,13 @@ def _sdpa(queries: Tokens, keys: Tokens, rule: Rule, **options: Any) -> Tensor:
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     if rule.relu:
         return _rectified(q, k, v, scale, **options)
+    dtype = v.dtype
     if gate:
-        return _gated(q, k, v, gate[0], key_gate[0], scale, **options)
+        q, k, options = _gated(q, k, gate[0], key_gate[0], scale, **options)
+        v, scale = v.to(q.dtype), 1.0
     # The fused kernels want one head width; without them torch would write out all scores.
     q, k, v = (F.pad(t, (0, max(q.shape[3], width) - t.shape[3])).transpose(1, 2) for t in (q, k, v))
-    return softmax_attention(q, k, v, scale=scale, **options).transpose(1, 2)[..., :width]
+    return softmax_attention(q, k, v, scale=scale, **options).transpose(1, 2)[..., :width].to(dtype)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -205,21 +207,27 @@ def _rectified(
 def _gated(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     sums: Tensor,
     key_sums: Tensor,
     scale: float,
     *,
     is_causal: bool = False,
     attn_mask: Tensor | None = None,
-) -> Tensor:
-    """With the log-decays between query and key, differences of their sums taken in float64, beside the scores."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Scaled queries and keys, and the log-decays between them as a mask that is added to their scores.
+
+    Differences of sums are taken in float64, lest large decays leave no digits of small ones. A mask that wants
+    gradients has no fused kernel, so they come through two features more, whose product is zero.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, values = (t.to(wide).transpose(1, 2) for t in (q, k, v))
-    between = (sums.transpose(1, 2) - key_sums.permute(0, 2, 3, 1)).to(wide)
-    scores = q @ k.transpose(-1, -2) * scale + between
+    between = (sums.detach().transpose(1, 2) - key_sums.detach().permute(0, 2, 3, 1)).to(wide)
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        attn_mask = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    return (scores.softmax(-1) @ values).transpose(1, 2).to(v.dtype)
+        between = between.masked_fill(~attn_mask, -torch.inf)
+    q, k = q.to(wide) * scale, k.to(wide)
+    if torch.is_grad_enabled() and (sums.requires_grad or key_sums.requires_grad):
+        gate, key_gate = ((t - t.detach()).to(wide) for t in (sums, key_sums))
+        q = torch.cat([q, gate, torch.ones_like(gate)], -1)
+        k = torch.cat([k, torch.ones_like(key_gate), -key_gate], -1)
+    return q, k, {"attn_mask": between}

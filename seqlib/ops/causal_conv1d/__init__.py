@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.sequence import SequenceInfo
 
@@ -94,6 +94,7 @@ OP = Op("causal_conv1d", IMPLS, facts, "causal_conv1d")
 STEP = Op("causal_conv1d", STEP_IMPLS, facts, "step")
 
 
+@undisturbed
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -142,6 +143,7 @@ def causal_conv1d(
     return run(x, weight, bias, activation=activation, initial_state=initial_state, seq=seq)
 
 
+@undisturbed
 def step(
     x: Tensor,
     weight: Tensor,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
+from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.delta_rule.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
@@ -85,6 +85,7 @@ OP = Op("delta_rule", IMPLS, facts, "delta_rule")
 STEP = Op("delta_rule", STEP_IMPLS, facts, "step")
 
 
+@undisturbed
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -150,6 +151,7 @@ def delta_rule(
     return run(q, k, v, beta, log_decay, scale=scale, seq=seq, **options)
 
 
+@undisturbed
 def step(
     q: Tensor,
     k: Tensor,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from seqlib.ops.case import Case
+from seqlib.ops.case import Case, at_ends
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["CASES", "case"]
@@ -23,11 +23,13 @@ def _build(
     *,
     groups: tuple[int, int] | None = None,
     strong: float = 1.0,
+    ends: bool = False,
     state: bool = False,
     seq: SequenceInfo | None = None,
     **options: Any,
 ) -> Callable[[torch.Generator], dict[str, Any]]:
-    """decay: none | token | channel; `strong` multiplies it. groups: heads of q and of k. beta covers [0, 2]."""
+    """decay: none | token | channel; `strong` multiplies it, `ends` puts 0 to
+    -inf among it. groups: heads of q and of k. beta covers [0, 2]."""
 
     def build(g: torch.Generator) -> dict[str, Any]:
         def draw(*s: int) -> torch.Tensor:
@@ -47,6 +49,8 @@ def _build(
         if decay in shapes:
             # Log-uniform: memories of one to about a hundred tokens.
             made["log_decay"] = -strong * torch.exp(-4.6 * torch.rand(shapes[decay], generator=g, dtype=torch.float64))
+        if ends:
+            made["log_decay"] = at_ends(made["log_decay"])
         if state:
             made["initial_state"] = draw(batch, nheads, d_state, headdim)
         return made | ({"seq": seq} if seq else {}) | options
@@ -98,6 +102,8 @@ CASES = (
     *(case(f"token_tail_{n}", 4 if n == 2 else 1, n, 2, 16, 16, "token", scale=0.25) for n in (2, 3, 63, 64, 65, 100)),
     *(case(f"{kind}_wide", 1, 70, 1, 64, 64, kind, state=True) for kind in _KINDS),
     *(case(f"{kind}_odd_33", 1, 66, 2, 33, 33, kind, state=True) for kind in _KINDS),
+    *(case(f"{kind}_ends", 2, 150, 5, 16, 9, kind, ends=True, state=True) for kind in _KINDS[1:]),
+    *(case(f"{kind}_packed_ends", 1, 161, 9, 5, 6, kind, ends=True, seq=PACKED) for kind in _KINDS[1:]),
     case("token_wide_state", 1, 37, 1, 130, 20, "token"),
     case("token_wide_head", 1, 37, 1, 20, 150, "token", state=True),
     case("token_chunk_size", 1, 50, 2, 16, 16, "token", chunk_size=7, state=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.dispatch import undisturbed
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["combine", "summarize"]
@@ -44,6 +45,7 @@ def summarize(
     return transition, state
 
 
+@undisturbed
 def combine(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The summary of the first span followed by the second. Associative; (I, 0) is its identity.
 

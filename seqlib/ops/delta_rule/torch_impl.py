@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from seqlib.ops.decays import summable
 from seqlib.ops.documents import by_document
 from seqlib.sequence import SequenceInfo
 
@@ -117,7 +118,7 @@ def _block(
 
     q, k, v, beta = split(q), split(k), split(v), split(beta).unsqueeze(-1)
     # Sums of decays in float64, so that small decays after large ones keep their digits.
-    G = None if log_decay is None else split(log_decay, torch.float64).cumsum(3)
+    G = None if log_decay is None else split(summable(log_decay), torch.float64).cumsum(3)
     decays = _decays(q, k, G)
 
     inverse = _UnitLowerInverse.apply(beta * decays.kk)

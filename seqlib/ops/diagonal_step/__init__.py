@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.fused import REFUSES, step_facts, writable
 
@@ -39,6 +39,7 @@ def facts(x: Tensor, decay: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tens
 OP = Op("diagonal_step", IMPLS, facts, "diagonal_step", parts=("long_conv",), writes=("state",))
 
 
+@undisturbed
 def diagonal_step(
     x: Tensor,
     decay: Tensor,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["IMPLS", "OP", "gelu_glu"]
@@ -48,6 +48,7 @@ def facts(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Fa
 OP = Op("gelu_glu", IMPLS, facts, "gelu_glu")
 
 
+@undisturbed
 def gelu_glu(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, form: str = "auto", backend: str = "auto"
 ) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op, preferred, remembered
+from seqlib.dispatch import Facts, Impl, Op, preferred, remembered, undisturbed
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["FEW_ROWS", "IMPLS", "OP", "WIDEST", "few_rows", "linear"]
@@ -78,6 +78,7 @@ def facts(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Fa
 OP = Op("linear", IMPLS, facts, "linear")
 
 
+@undisturbed
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, form: str = "auto", backend: str = "auto"
 ) -> Tensor:

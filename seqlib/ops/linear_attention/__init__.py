@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op, values_seen
+from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op, undisturbed, values_seen
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.linear_attention.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
@@ -112,6 +112,7 @@ OP = Op("linear_attention", IMPLS, facts, "linear_attention")
 STEP = Op("linear_attention", STEP_IMPLS, facts, "step")
 
 
+@undisturbed
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -189,6 +190,7 @@ def linear_attention(
     return run(q, k, v, log_decay, scale=scale, **options)
 
 
+@undisturbed
 def step(
     q: Tensor,
     k: Tensor,

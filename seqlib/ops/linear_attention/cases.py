@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from seqlib.ops.case import Case
+from seqlib.ops.case import Case, at_ends
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["CASES", "case"]
@@ -23,11 +23,13 @@ def _build(
     *,
     groups: tuple[int, int] | None = None,
     strong: float = 1.0,
+    ends: bool = False,
     state: bool = False,
     seq: SequenceInfo | None = None,
     **options: Any,
 ) -> Callable[[torch.Generator], dict[str, Any]]:
-    """decay: none | head | token | channel; `strong` multiplies it. groups: heads of q and of k."""
+    """decay: none | head | token | channel; `strong` multiplies it, `ends` puts 0 to
+    -inf among it. groups: heads of q and of k."""
 
     def build(g: torch.Generator) -> dict[str, Any]:
         def draw(*s: int) -> torch.Tensor:
@@ -48,6 +50,8 @@ def _build(
             # Log-uniform: memories of one to about a hundred tokens.
             rate = torch.exp(-4.6 * torch.rand(shapes[decay], generator=g, dtype=torch.float64))
             made["log_decay"] = -strong * rate
+        if ends:
+            made["log_decay"] = at_ends(made["log_decay"])
         if state:
             made["initial_state"] = draw(batch, nheads, d_state, headdim)
         return made | ({"seq": seq} if seq else {}) | options
@@ -98,6 +102,9 @@ CASES = (
     *(case(f"{kind}_mixed_groups", 4, 14, 4, 5, 6, kind, seq=MIXED, state=True, groups=(1, 2)) for kind in _KINDS),
     *(case(f"{kind}_strong", 1, 100, 2, 16, 16, kind, strong=30.0, state=True) for kind in _KINDS[1:]),
     *(case(f"token_tail_{n}", 4 if n == 2 else 1, n, 2, 16, 16, "token") for n in (2, 63, 64, 65, 100)),
+    *(case(f"{kind}_ends", 2, 150, 5, 16, 9, kind, ends=True, state=True) for kind in _KINDS[1:]),
+    *(case(f"{kind}_packed_ends", 1, 161, 9, 5, 6, kind, ends=True, seq=PACKED) for kind in _KINDS[1:]),
+    case("both_sides_head_ends", 2, 70, 9, 16, 9, "head", ends=True, causal=False),
     case("token_wide", 1, 70, 1, 64, 64, "token", state=True),
     case("token_odd_33", 1, 66, 2, 33, 33, "token", state=True),
     case("head_wide_state", 1, 70, 2, 130, 20, "head", scale=130**-0.5),

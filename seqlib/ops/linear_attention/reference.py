@@ -63,7 +63,8 @@ def _both_ways(q: Tensor, k: Tensor, v: Tensor, g: Tensor, real: Tensor, starts:
     for row, number in {(b, int(n)) for b in range(len(v)) for n in document[b, real[b]]}:
         at = (real[row] & (document[row] == number)).nonzero()[:, 0]
         place = torch.arange(len(at), device=v.device)
-        weights = torch.exp(g[:, None, None] * (place[:, None] - place).abs())  # h l s
+        distance = (place[:, None] - place).abs()
+        weights = torch.exp(torch.where(distance > 0, g[:, None, None], 0) * distance)  # h l s
         part = torch.einsum("lhn,shn,hls,shp->lhp", q[row, at], k[row, at], weights, v[row, at])
         y = y.index_put((torch.full_like(at, row), at), part)
     return y

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seqlib.dispatch import undisturbed
 from seqlib.ops.decays import decayed, summable
 from seqlib.ops.documents import zero_padding
 from seqlib.sequence import SequenceInfo
@@ -12,6 +13,7 @@ from seqlib.sequence import SequenceInfo
 __all__ = ["combine", "mask_padding", "summarize"]
 
 
+@undisturbed
 def summarize(
     k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, seq: SequenceInfo | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -49,6 +51,7 @@ def summarize(
     return decay, torch.einsum("blhn,blhp->bhnp", k * left, v.to(high))
 
 
+@undisturbed
 def combine(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The summary of span a followed by span b. Associative; (1, 0) is its identity.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op
+from seqlib.dispatch import TRANSFORMED, Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["IMPLS", "OP", "linear_cross_entropy"]
@@ -36,6 +36,7 @@ def facts(x: Tensor, weight: Tensor, targets: Tensor, **_: Any) -> Facts:
 OP = Op("linear_cross_entropy", IMPLS, facts, "linear_cross_entropy")
 
 
+@undisturbed
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

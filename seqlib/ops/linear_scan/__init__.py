@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.linear_scan.summary import combine, summarize
 from seqlib.sequence import SequenceInfo
@@ -51,6 +51,7 @@ def facts(a: Tensor, b: Tensor, *, initial_state: Tensor | None = None, **_: Any
 OP = Op("linear_scan", IMPLS, facts, "linear_scan")
 
 
+@undisturbed
 def linear_scan(
     a: Tensor,
     b: Tensor,

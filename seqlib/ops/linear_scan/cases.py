@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from seqlib.ops.case import Case
+from seqlib.ops.case import Case, at_ends
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["CASES"]
@@ -22,6 +22,7 @@ def _build(
     state: bool = False,
     seq: SequenceInfo | None = None,
     reverse: bool = False,
+    ends: bool = False,
 ) -> Build:
     """`decay` is the shape of a, the shape of b by default; `cplx` names the complex tensors."""
 
@@ -32,6 +33,8 @@ def _build(
 
         size = decay or shape
         a = torch.rand(size, generator=g, dtype=torch.float64) ** 0.25
+        if ends:
+            a = at_ends(a, (0.0, 1.0))
         if "a" in cplx:
             a = torch.polar(a, 6.28 * torch.rand(size, generator=g, dtype=torch.float64))
         made: dict[str, Any] = {"a": a, "b": draw("b", *shape)}
@@ -71,6 +74,10 @@ CASES = (
     *_both("padded", 4, 14, 5, state=True, seq=PADDED),
     *_both("mixed", 4, 14, 5, state=True, seq=MIXED),
     *_both("complex", 2, 33, 7, cplx="abh", state=True),
+    *_both("ends", 2, 65, 12, state=True, ends=True),
+    *_both("packed_ends", 1, 70, 9, seq=PACKED, ends=True),
+    *_both("complex_ends", 2, 33, 7, cplx="abh", state=True, ends=True),
+    Case("constant_ends", _build(2, 40, 18, decay=(18,), state=True, ends=True), _KEEP),
     Case("complex_constant_a", _build(2, 40, 18, decay=(18,), cplx="abh", state=True), _KEEP),
     Case("complex_padded", _build(4, 14, 5, cplx="abh", seq=MIXED, state=True), _KEEP),
     Case("complex_a_real_b", _build(1, 17, 6, cplx="a"), _KEEP),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.fused import REFUSES, few_rows_only, step_facts
 
@@ -40,6 +40,7 @@ def facts(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
 OP = Op("linears", IMPLS, facts, "linears", parts=("linear",))
 
 
+@undisturbed
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],

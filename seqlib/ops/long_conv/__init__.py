@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.long_conv.online import OnlineConv, OnlineState
 from seqlib.ops.long_conv.sparse import SparseConv, SparseState
@@ -75,6 +75,7 @@ OP = Op("long_conv", IMPLS, facts, "long_conv")
 STEP = Op("long_conv", STEP_IMPLS, facts, "step")
 
 
+@undisturbed
 def long_conv(
     x: Tensor,
     kernel: Tensor,
@@ -134,6 +135,7 @@ def long_conv(
     return OP.choose(facts(x, kernel, **options), form, backend)(x, kernel, **options)  # type: ignore[arg-type]
 
 
+@undisturbed
 def step(x: Tensor, kernel: Tensor, state: Tensor, *, D: Tensor | None = None, backend: str = "auto") -> Tensor:
     """One position of `long_conv`, for decoding: **writes the new input into `state`** and has no gradient.
 

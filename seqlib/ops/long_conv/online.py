@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seqlib.dispatch import undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.sequence import State
 
@@ -70,6 +71,7 @@ class OnlineConv:
             pending[..., : coming.shape[2]] = coming
         return OnlineState(torch.zeros_like(pending), pending)
 
+    @undisturbed
     @torch.no_grad()
     def step(self, x: Tensor, state: OnlineState) -> Tensor:
         """The output (batch, d) for the next input (batch, d); **writes into `state`**."""

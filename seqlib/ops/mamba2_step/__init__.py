@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.fused import REFUSES, few_rows_only, step_facts, writable
 from seqlib.ops.linear import WIDEST
@@ -106,6 +106,7 @@ OP = Op(
 )
 
 
+@undisturbed
 def mamba2_step(
     x: Tensor,
     norm: Tensor | None,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.fused import REFUSES, few_rows_only, step_facts, writable
 
@@ -62,6 +62,7 @@ OP = Op(
 )
 
 
+@undisturbed
 def mamba_step(
     x: Tensor,
     in_proj: Tensor,

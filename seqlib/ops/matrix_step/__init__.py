@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.delta_rule import WIDEST_STATE
 from seqlib.ops.fused import REFUSES, few_rows_only, step_facts, writable
@@ -68,6 +68,7 @@ PARTS = ("linear_attention", "delta_rule", "norm", "linear")
 OP = Op("matrix_step", IMPLS, facts, "matrix_step", parts=PARTS, writes=("state",))
 
 
+@undisturbed
 def matrix_step(
     q: Tensor,
     k: Tensor,

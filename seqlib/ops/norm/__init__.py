@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["IMPLS", "OP", "rms_norm", "unit_length"]
@@ -61,6 +61,7 @@ def facts(
 OP = Op("norm", IMPLS, facts, "rms_norm")
 
 
+@undisturbed
 def rms_norm(
     x: Tensor,
     weight: Tensor | None,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.path_attention.state import PathState
 from seqlib.ops.path_attention.torch_impl import step
@@ -79,6 +79,7 @@ def facts(
 OP = Op("path_attention", IMPLS, facts, "path_attention")
 
 
+@undisturbed
 def path_attention(
     q: Tensor,
     k: Tensor,
@@ -107,7 +108,7 @@ def path_attention(
         k: (batch, seqlen, nheads_kv, headdim), v: (batch, seqlen, nheads_kv, headdim_v), in the dtype of q.
         w: (batch, seqlen, nheads_kv, headdim) of length at most 1, float32 advised; normalise it before.
         beta: (batch, seqlen, nheads_kv) in [0, 2], float32 advised. Beyond, or with longer w, products of maps grow.
-        log_decay: (batch, seqlen, nheads), at most 0, not scaled; None forgets nothing.
+        log_decay: (batch, seqlen, nheads), at most 0, not scaled, below -10,000 counted as that; None forgets nothing.
         scale: None is 1/sqrt(headdim).
         chunk_size: tokens of a block; None leaves it to the form. It changes rounding and speed, nothing else.
         state: what came before; None is nothing.

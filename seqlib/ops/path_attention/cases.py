@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqlib.ops.attention.cases import from_letters
-from seqlib.ops.case import Case
+from seqlib.ops.case import Case, at_ends
 from seqlib.ops.path_attention.state import PathState
 
 __all__ = ["CASES"]
@@ -27,6 +27,7 @@ def _build(
     lengths: Sequence[int] | None = None,
     capacity: int = 0,
     decays: bool = False,
+    ends: bool = False,
     **options: Any,
 ) -> Callable[[torch.Generator], dict[str, Any]]:
     """`lengths`: tokens that each row's state has seen."""
@@ -45,6 +46,8 @@ def _build(
         }
         if decays:
             made["log_decay"] = F.logsigmoid(draw(batch, seqlen, nheads))
+        if ends:
+            made["log_decay"] = at_ends(made["log_decay"])
         if lengths is not None:
             made["state"] = PathState(
                 draw(batch, capacity, heads_kv, headdim),
@@ -83,6 +86,8 @@ CASES = (
         "forget_state_continued", 5, 13, 4, 8, nheads_kv=2, decays=True, lengths=(4, 9, 6, 0, 3), capacity=20,
         seq=_CONTINUED,
     ),
+    _case("forget_ends", 1, 41, 4, 8, nheads_kv=2, chunk_size=16, decays=True, ends=True),
+    _case("forget_state_ends", 3, 19, 2, 8, chunk_size=8, decays=True, ends=True, lengths=(0, 7, 10), capacity=40),
     Case(
         "path_1x2048x8x64",
         _build(1, 2048, 8, 64),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from seqlib.ops.attention.reference import walk
 from seqlib.ops.attention.state import append
+from seqlib.ops.decays import FORGETS
 from seqlib.ops.documents import zero_padding
 from seqlib.ops.path_attention.state import PathState
 from seqlib.sequence import SequenceInfo
@@ -28,7 +29,7 @@ def path_attention(
     seq: SequenceInfo | None,
 ) -> tuple[Tensor, PathState]:
     high = torch.promote_types(q.dtype, torch.float32)
-    decay = q.new_zeros(q.shape[:3], dtype=high) if log_decay is None else log_decay.to(high)
+    decay = q.new_zeros(q.shape[:3], dtype=high) if log_decay is None else log_decay.to(high).clamp(min=-FORGETS)
     y, keys = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[3]).clone(), k.to(high)
     held = None if state is None else list(state.k.to(high))
     # Document by document: in a sum zero times what another one left behind may be NaN.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.dispatch import undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import append
 from seqlib.ops.attention.torch_impl import sums_of_last
@@ -240,6 +241,7 @@ def _decays(G: Tensor, a: int, past: Past | None, group: int, high: torch.dtype)
     return both.unflatten(1, (-1, group)).flatten(2, 3)
 
 
+@undisturbed
 def step(
     q: Tensor,
     k: Tensor,

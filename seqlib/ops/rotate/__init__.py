@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op, counted
+from seqlib.dispatch import Facts, Impl, Op, counted, undisturbed
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["IMPLS", "OP", "PAIRS", "rotate"]
@@ -71,6 +71,7 @@ def facts(q: Tensor, k: Tensor, theta: Tensor, positions: Tensor, *, pairs: str 
 OP = Op("rotate", IMPLS, facts, "rotate")
 
 
+@undisturbed
 def rotate(
     q: Tensor,
     k: Tensor,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.rpe_attention.decode import step
 from seqlib.ops.rpe_attention.exponentials import Exponentials, fit_exponentials
@@ -79,6 +79,7 @@ def facts(
 OP = Op("rpe_attention", IMPLS, facts, "rpe_attention")
 
 
+@undisturbed
 def rpe_attention(
     q: Tensor,
     k: Tensor,

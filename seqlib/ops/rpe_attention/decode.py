@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.dispatch import undisturbed
 from seqlib.ops.rpe_attention.exponentials import Exponentials, relative_weights
 from seqlib.ops.rpe_attention.state import ExponentialState, WindowState, check_state
 
 __all__ = ["step"]
 
 
+@undisturbed
 @torch.no_grad()
 def step(
     q: Tensor,

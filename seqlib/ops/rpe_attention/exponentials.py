@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqlib.dispatch import undisturbed
+
 __all__ = ["RANGE", "Exponentials", "exponential_count", "fit_exponentials", "relative_weights"]
 
 # Biases this far below the largest one count as this far: in float32 e^-16 is next to nothing beside 1, and what a
@@ -40,6 +42,7 @@ def exponential_count(window: int, n: int) -> int:
     return min(n, _rows(window) - 1)
 
 
+@undisturbed
 @torch.no_grad()
 def fit_exponentials(bias: Tensor, n: int) -> Exponentials:
     """The n exponentials whose sum follows the weights of a causal bias (nheads, window).

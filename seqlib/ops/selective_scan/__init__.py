@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.selective_scan.summary import combine, state_dtype, summarize
 from seqlib.sequence import SequenceInfo
@@ -99,6 +99,7 @@ OP = Op("selective_scan", IMPLS, facts, "selective_scan")
 STEP = Op("selective_scan", STEP_IMPLS, facts, "step")
 
 
+@undisturbed
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -161,6 +162,7 @@ def selective_scan(
     return run(x, dt, A, B, C, dt_softplus=dt_softplus, seq=seq, **options)
 
 
+@undisturbed
 def step(
     x: Tensor,
     dt: Tensor,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from seqlib.ops.case import Case
+from seqlib.ops.case import Case, at_ends
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["CASES"]
@@ -27,6 +27,7 @@ def _build(
     shared: str = "",
     cplx: bool = False,
     state: bool = False,
+    ends: bool = False,
     seq: SequenceInfo | None = None,
 ) -> Callable[[torch.Generator], dict[str, Any]]:
     """groups 0 is B and C without a group axis; `constant` names those of B and C that do not depend on the token,
@@ -44,6 +45,8 @@ def _build(
         shape = (batch, seqlen, d_inner)
         dt = torch.exp(-4.6 * torch.rand(shape, generator=g, dtype=torch.float64))  # 0.01 to 1
         A = -torch.rand(d_inner, d_state, generator=g, dtype=torch.float64) * 4 - 0.1
+        if ends:
+            A = at_ends(A)
         if cplx:
             A = torch.complex(A, 3 * draw(d_inner, d_state))
         made: dict[str, Any] = {"x": draw(*shape), "dt": dt, "A": A, "B": projection("B"), "C": projection("C")}
@@ -118,6 +121,9 @@ CASES = (
     _case("constant_B", 2, 20, 12, 4, ALL, constant="B"),
     _case("constant_B_C", 4, 14, 12, 4, ALL, constant="BC", seq=MIXED, state=True),
     _case("complex", 2, 70, 12, 4, ALL, cplx=True, state=True),
+    _case("ends", 2, 65, 18, 4, ALL, state=True, ends=True),
+    _case("packed_ends", 1, 81, 18, 3, "D", seq=PACKED, ends=True),
+    _case("complex_ends", 2, 70, 12, 4, ALL, cplx=True, state=True, ends=True),
     _bench("mamba_130m_1x2048x1536x16", 1, 2048, 1536, 16),
     _bench("small_1x512x256x16", 1, 512, 256, 16),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op
+from seqlib.dispatch import Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.ssm_kernel.dense import (
     dense_final_state,
@@ -88,6 +88,7 @@ OP = Op("ssm_kernel", IMPLS, facts, "ssm_kernel_diag")
 DPLR = Op("ssm_kernel", DPLR_IMPLS, dplr_facts, "ssm_kernel_dplr")
 
 
+@undisturbed
 def ssm_kernel_diag(
     A: Tensor,
     B: Tensor,
@@ -133,6 +134,7 @@ def ssm_kernel_diag(
     return run(A, B, C, dt, length, discretization=discretization)
 
 
+@undisturbed
 def ssm_kernel_dplr(
     A: Tensor,
     P: Tensor,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from seqlib.ops.case import Case
+from seqlib.ops.case import Case, at_ends
 
 __all__ = ["CASES"]
 
@@ -22,12 +22,15 @@ def _build(
     per_state: bool = False,
     constant_B: bool = False,
     discretization: str = "zoh",
+    ends: bool = False,
 ) -> Callable[[torch.Generator], dict[str, Any]]:
     def build(g: torch.Generator) -> dict[str, Any]:
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=g, dtype=torch.float64 if real else torch.complex128)
 
         A = -0.5 - torch.rand(d, n, generator=g, dtype=torch.float64)
+        if ends:
+            A = at_ends(A)
         if not real:
             A = torch.complex(A, torch.pi * torch.arange(n).expand(d, n).double())
         dt = torch.exp(-4.6 * torch.rand(*((d, n) if per_state else (d,)), generator=g, dtype=torch.float64) - 2.3)
@@ -56,6 +59,11 @@ CASES = (
     Case("constant_B", _build(4, 5, 20, constant_B=True), _KEEP),
     Case("dt_per_state", _build(4, 5, 40, per_state=True), _KEEP),
     Case("one_state", _build(1, 1, 50), _KEEP),
+    *(
+        Case(f"{name}_{kind}_ends", _build(9, 4, 70, real=kind == "real", discretization=name, ends=True), _KEEP)
+        for name in ("zoh", "bilinear", "dirac")
+        for kind in ("pairs", "real")
+    ),
     Case(
         "s4d_256x32x2048",
         _build(256, 32, 2048),

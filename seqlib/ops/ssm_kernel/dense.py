@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqlib.dispatch import undisturbed
 from seqlib.ops.ssm_kernel.torch_impl import block_size
 
 __all__ = ["DenseSSM", "dense_final_state", "dense_state_outputs", "dplr_dense", "dplr_recurrence", "dplr_truncate"]
@@ -89,6 +90,7 @@ def dplr_truncate(A: Tensor, P: Tensor, C: Tensor, dt: Tensor, l_kernel: int) ->
     return torch.complex(re, -im) / 2
 
 
+@undisturbed
 def dense_state_outputs(ssm: DenseSSM, state: Tensor, length: int) -> Tensor:
     """y[l] = C A^(l+1) state for l < length: (batch, length, d) from a state (batch, d, n) and C (d, n)."""
     A, C = (t.to(state.dtype) for t in (ssm.A, ssm.C))
@@ -102,6 +104,7 @@ def dense_state_outputs(ssm: DenseSSM, state: Tensor, length: int) -> Tensor:
     return torch.cat(ys, 1)[:, :length]
 
 
+@undisturbed
 def dense_final_state(ssm: DenseSSM, x: Tensor, initial_state: Tensor) -> Tensor:
     """A^length h0 + sum_l A^(length-1-l) B x[l]: (batch, d, n) from x (batch, length, d), in the dtype of the state."""
     dtype = initial_state.dtype

@@ -34,15 +34,23 @@ def discretize(A: Tensor, B: Tensor, dt: Tensor, discretization: str = "zoh") ->
     A, B = (t.to(torch.promote_types(t.dtype, torch.float64)) for t in (A, B))
     dt = dt.to(torch.float64)
     dt = dt if dt.dim() == A.dim() else dt.unsqueeze(-1)
-    z = dt * A
+    # Part by part: as a complex number dt would turn an infinite real part into an imaginary part that is no number.
+    z = torch.complex(dt * A.real, dt * A.imag) if A.is_complex() else dt * A
     if discretization == "dirac":
-        return z, B.expand(torch.broadcast_shapes(z.shape, B.shape))
+        return _bounded(z), B.expand(torch.broadcast_shapes(z.shape, B.shape))
     if discretization == "zoh":
-        return z, B * dt * _phi(z)
+        return _bounded(z), B * dt * _phi(z)
     z = z.to(torch.complex128)
     decay = ((1 + z / 2) / (1 - z / 2)).to(torch.complex128)
     # A decay of exactly 0 has no logarithm; this one is as good as 0.
     return torch.log(torch.where(decay == 0, 1e-300, decay)), B * dt / (1 - z / 2)
+
+
+def _bounded(log_decay: Tensor) -> Tensor:
+    """With a real part that can be multiplied by any length, zero included; exp(-1000) is nothing even in float64."""
+    if not log_decay.is_complex():
+        return log_decay.clamp(min=-1000.0)
+    return torch.complex(log_decay.real.clamp(min=-1000.0), log_decay.imag)
 
 
 def _phi(z: Tensor) -> Tensor:
