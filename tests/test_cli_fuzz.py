@@ -25,6 +25,7 @@ from typing import Any, get_type_hints
 
 import datasets
 import pytest
+import torch
 import typer
 from huggingface_hub import HfApi
 from matplotlib import figure
@@ -153,12 +154,13 @@ def _small() -> None:
     demo.demo = lm_recipes.tiny
 
 
-def call(app: str, root: Path, arguments: list[str], seconds: int = 60) -> tuple[int, str]:
+def call(app: str, root: Path, arguments: list[str], seconds: int = 120) -> tuple[int, str]:
     """Exit status and output of a command line, in a forked process."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(seconds)
+        torch.set_num_threads(1)  # threads of the parent are not there any more
         os.close(read)
         os.chdir(root)
         _small()
