@@ -241,8 +241,8 @@ def bench(
     ] = None,
     json_file: JsonFile = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for ops.")] = "float32",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each contender.")] = 15,
-    budget: Annotated[float, typer.Option(help="Seconds for each contender and comparison.")] = 5.0,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs of each contender.")] = 15,
+    budget: Annotated[float, typer.Option(min=0, max=86_400, help="Seconds for each contender and comparison.")] = 5.0,
 ) -> None:
     """Time ops and models beside their peers in transformers, each checked for equal results first."""
     from seqlib.bench import report

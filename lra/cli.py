@@ -238,8 +238,8 @@ def speed(
         Path | None, typer.Option("--peer-s4", help="Checkout of state-spaces/s4; needs einops and scipy.")
     ] = None,
     long: Annotated[bool, typer.Option(help="Also one sequence of 1,048,576 positions (24 GB).")] = True,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each contender.")] = 7,
-    budget: Annotated[float, typer.Option(help="Seconds for each contender and comparison.")] = 60.0,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs of each contender.")] = 7,
+    budget: Annotated[float, typer.Option(min=0, max=86_400, help="Seconds for each contender and comparison.")] = 60.0,
     json_file: JsonFile = None,
 ) -> None:
     """Time state-space layers beside the code that published them, checked for equal results first."""
@@ -259,7 +259,7 @@ def throughput(
     any_size: AnySize = False,
     cache: Cache = None,
     peer_s4: Annotated[Path | None, typer.Option(help="Checkout of state-spaces/s4; needs einops and scipy.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs of each.")] = 10,
     output: JsonFile = None,
 ) -> None:
     """Time reading, training and evaluating; generated tasks make a few hundred examples for it."""

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from logging import CRITICAL, getLogger
 
 from safetensors import SafetensorError
 
@@ -28,7 +29,7 @@ def quiet() -> None:
     """Leave out progress bars and warnings of other libraries, which say nothing about a run of ours."""
     from transformers.utils import logging
 
-    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # read when it is imported, if at all
+    getLogger("datasets.packaged_modules").setLevel(CRITICAL)  # which logs what it raises
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"(transformers|torch|accelerate|datasets|huggingface_hub)\b.*")
