@@ -37,6 +37,7 @@ __all__ = [
     "explain",
     "preferred",
     "resolve",
+    "threads_are_given",
     "transformed",
     "use_backend",
     "used",
@@ -187,6 +188,11 @@ def preferred(op_name: str, backend: str = "auto", config: str = "auto") -> str:
     if scoped != "auto":
         return scoped
     return config if config != "auto" else os.environ.get("SEQLIB_BACKEND", "auto")
+
+
+def threads_are_given() -> bool:
+    """Whether the environment says how many threads to use, so that nothing may choose another number."""
+    return bool(os.environ.get("OMP_NUM_THREADS"))
 
 
 def may_be_native(*op_names: str, config: str = "auto") -> bool:
