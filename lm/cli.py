@@ -294,7 +294,13 @@ def demo(
     output: Annotated[
         Path, typer.Option(callback=for_folder, help="Run folder; an earlier demo in it is replaced, nothing else.")
     ] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="Time for everything; training gets what the rest leaves.")] = 5.0,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            help="Time for everything but compiling the kernels; up to three times as much until the model beats a "
+            "4-gram model."
+        ),
+    ] = 5.0,
     settings: Settings = None,
 ) -> None:
     """Train on Python's own sources, compare with an n-gram model, save, load, generate."""
