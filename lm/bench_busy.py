@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from seqlib.bench import Timing, machine, use_threads
+from seqlib.hf.names import CACHE, returned_cache
 
 from .data import load_tokenizer
 from .recipes import Recipe, demo
@@ -110,6 +111,6 @@ def _token(recipe: Recipe) -> Callable[[], None]:
     def run() -> None:
         nonlocal cache
         with torch.no_grad():
-            cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+            cache = returned_cache(model(input_ids=ids, **{CACHE: cache}, use_cache=True))
 
     return run
