@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from seqlib.bench import Peer, Timing, interleaved, limits, machine
 from seqlib.errors import SeqlibError
 
+from .bench_busy import AIMS, bench_busy
 from .bench_linear import bench_linear_family
 
-__all__ = ["OP_PEERS", "bench_mamba", "report_linear_family", "report_mamba"]
+__all__ = ["OP_PEERS", "bench_mamba", "report_busy", "report_linear_family", "report_mamba"]
 
 
 def _scan_channels_first(t: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +89,19 @@ def report_mamba(json_file: Path | None, *, repeats: int, budget: float) -> None
     for kind in ("forward", "train", "decode"):
         ours, theirs = (1e3 * made[kind][name]["wall_s"] for name in ("seqlib", "transformers"))
         print(f"{kind:<8} seqlib {ours:8.0f} ms   transformers {theirs:8.0f} ms   {made[kind]['ratio']:.1f}x")
+    if json_file:
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def report_busy(json_file: Path | None, *, repeats: int) -> None:
+    """Run `bench_busy`, print its ratios beside what is aimed at, and write everything to `json_file`."""
+    report = bench_busy(repeats=repeats)
+    for case, rows in ((name, rows) for name, rows in report["busy"].items() if name != "threads"):
+        for count, row in rows.items():
+            aim = f" (at most {AIMS[int(count)]})" if int(count) in AIMS else ""
+            print(f"{case:<20}{count} busy  {1e3 * row['wall_s']:9.2f} ms  {row['ratio']:5.2f}{aim}")
+    threads = report["busy"]["threads"]
+    print("threads: " + ", ".join(f"{number} beside {count}" for count, number in threads.items() if count != "most"))
     if json_file:
         json_file.write_text(json.dumps(report, indent=1) + "\n")
 

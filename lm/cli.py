@@ -237,7 +237,7 @@ def _readable(path: Path) -> TextIO:
 def bench(
     what: Annotated[
         list[str] | None,
-        typer.Argument(help="Ops; or mamba-130m for whole models, linear-family for its table; none: all ops."),
+        typer.Argument(help="Ops; mamba-130m for whole models, linear-family for its table, busy; none: all ops."),
     ] = None,
     json_file: JsonFile = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, for ops.")] = "float32",
@@ -247,8 +247,11 @@ def bench(
     """Time ops and models beside their peers in transformers, each checked for equal results first."""
     from seqlib.bench import report
 
-    from .bench import OP_PEERS, report_linear_family, report_mamba
+    from .bench import OP_PEERS, report_busy, report_linear_family, report_mamba
 
+    if what == ["busy"]:
+        report_busy(json_file, repeats=repeats)
+        return
     if what == ["linear-family"]:
         report_linear_family(json_file, repeats=repeats, budget=budget)
         return
@@ -291,7 +294,13 @@ def demo(
     output: Annotated[
         Path, typer.Option(callback=for_folder, help="Run folder; an earlier demo in it is replaced, nothing else.")
     ] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="Time for everything; training gets what the rest leaves.")] = 5.0,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            help="Time for everything but compiling the kernels; up to three times as much until the model beats a "
+            "4-gram model."
+        ),
+    ] = 5.0,
     settings: Settings = None,
 ) -> None:
     """Train on Python's own sources, compare with an n-gram model, save, load, generate."""

@@ -27,6 +27,7 @@ from .generate import load_model
 from .progress import CurvesCallback, MetricsCallback, ProgressCallback, plot_loss
 from .recipes import Recipe
 from .runs import DataSpec, Run, check_new, open_run
+from .threads import ThreadsCallback
 
 __all__ = ["build_model", "resume", "started_from", "train"]
 
@@ -84,6 +85,8 @@ def _has_tensorboard() -> bool:
 
 def resume(folder: Path, *, console: Console) -> Run:
     """Continue a run from its last whole checkpoint; the losses are those of a run that was never interrupted.
+
+    To the last digit they are where OMP_NUM_THREADS fixes the number of threads; see `ThreadsCallback`.
 
     A run that had taken all its steps takes no further one: its model is written from the last checkpoint.
     """
@@ -278,12 +281,13 @@ def _fit(
     reports: list[TrainerCallback] = [metrics, progress] if arguments.process_index == 0 else []
     if run.tensorboard.is_dir() and arguments.process_index == 0:
         reports.append(CurvesCallback(run.tensorboard))
+    threads = ThreadsCallback(console.print)
     trainer = _Trainer(
         model=model,
         args=arguments,
         train_dataset=parts.rows,
         eval_dataset=[],  # transformers wants one; what is evaluated is held_out
-        callbacks=[*reports, _RecordBackends(run), *callbacks],
+        callbacks=[threads, *reports, _RecordBackends(run), *callbacks],
     )
     trainer.held_out = parts.validation, recipe.eval_bytes
     trainer.context = _positions(model)
@@ -299,6 +303,7 @@ def _fit(
                 trainer.train(resume_from_checkpoint=None if last is None else str(last.path))
         finally:
             progress.close()
+            threads.close()
     if arguments.process_index == 0:
         plot_loss(run.metrics, run.plot)
         with whole_folder(run.model) as aside:

@@ -43,6 +43,7 @@ __all__ = [
     "preferred",
     "remembered",
     "resolve",
+    "threads_are_given",
     "transformed",
     "undisturbed",
     "use_backend",
@@ -243,6 +244,11 @@ def preferred(op_name: str, backend: str = "auto", config: str = "auto") -> str:
     if scoped != "auto":
         return scoped
     return config if config != "auto" else os.environ.get("SEQLIB_BACKEND", "auto")
+
+
+def threads_are_given() -> bool:
+    """Whether the environment says how many threads to use, so that nothing may choose another number."""
+    return bool(os.environ.get("OMP_NUM_THREADS"))
 
 
 def remembered(key: Hashable, choose: Callable[[], T]) -> T:

@@ -213,6 +213,12 @@ def test_manifest_lists_every_source() -> None:
     assert listed == present
 
 
+def test_work_is_divided_among_threads_in_one_place() -> None:
+    """By tickets: fixed shares wait for a thread that other programs keep from its core."""
+    divide = {p.name for p in (ROOT / "kernels" / "cpu").iterdir() if "parallel_for" in p.read_text()}
+    assert divide == {"parallel.h"}
+
+
 def test_files_are_rooms_not_halls() -> None:
     sources = [p for _, p in _files()] + [
         p for p in (ROOT / "kernels").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")

@@ -432,11 +432,20 @@ def test_demo_tells_the_whole_story(
     _cli(monkeypatch, "demo", "--output", folder, "--minutes", 0.02)  # replaces the first
     said = capsys.readouterr().out
     assert "def " in said and "gram, Kneser-Ney" in said and "step" in said
+    first = said.split("Kernels, before the clock starts")[1]
+    assert first.index("compiled: seqlib_cpu") < first.index("Text: the standard library"), (
+        "no time is lost to compiling"
+    )
+    assert "of 0.02 minutes training gets" in said and "evaluation 10%" in said
+    assert "validation: " in said and "the 4-gram model" in said
+    assert (folder / "loss.png").is_file() and said.count("model, metrics, plot") == 2
     result = json.loads((folder / "demo.json").read_text())
     assert result["bits_per_byte"]["every byte alike"] == 8.0
     assert any("this model" in name for name in result["bits_per_byte"])
     corpus: Corpus = small()
-    assert result["test"]["bytes"] == corpus.nbytes("test")
+    assert 0 < result["test"]["bytes"] <= corpus.nbytes("test"), "what fits into the share of the evaluation"
+    steps = int(next(name for name in result["bits_per_byte"] if "this model" in name).split()[-2].replace(",", ""))
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == steps
 
 
 def test_sweep_compares_models_of_equal_size_and_goes_on_where_it_stopped(text, tmp_path) -> None:

@@ -171,6 +171,45 @@ def test_what_strong_decays_leave_is_not_rounded_away(name: str, kind: str, stre
     compare(OPS[name], next(i for i in OPS[name].impls if i.name == "native"), inputs, torch.float32)
 
 
+def _divided():
+    """Native rows and cases that are large enough to be divided among threads."""
+    for name, op in OPS.items():
+        for impl in op.impls:
+            if impl.needs == ("native",):
+                for case in CASES[name]:
+                    if case.bench:
+                        yield pytest.param(op, impl, case, id=f"{name}-{impl.form}-{case.name}")
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("op", "impl", "case"), list(_divided()))
+def test_who_takes_which_ticket_does_not_matter(op: Op, impl: Impl, case: Case) -> None:
+    """Threads take work as they are free: three give the same bits every time, and one thread's results."""
+    reason = native.why_unavailable("cpu")
+    if reason:
+        pytest.skip(f"no native library: {reason}")
+    inputs = case.inputs(torch.float32, requires_grad=impl.grad)
+    try:
+        resolve(op, op.facts(**inputs), impl.form, impl.name)
+    except BackendUnavailable as error:
+        pytest.skip(f"outside this row: {error}")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone, alone_grads = _run(op, inputs, impl.form, impl.name)
+        torch.set_num_threads(3)
+        first, *others = [_run(op, inputs, impl.form, impl.name) for _ in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    for made, grads in others:
+        assert all(torch.equal(a, b) for a, b in zip(made, first[0]))
+        assert all(torch.equal(grads[name], first[1][name]) for name in grads)
+    for i, (got, want) in enumerate(zip(first[0], alone)):
+        _close(f"output {i}", got, want, torch.float32, gradient=False)
+    for name, want in alone_grads.items():
+        _close(f"gradient of {name}", first[1][name], want, torch.float32, gradient=True)
+
+
 @pytest.mark.parametrize("name", list(OPS))
 def test_auto_takes_every_case(name: str) -> None:
     """`auto` finds a row for every case in every dtype, with gradients unless it writes into its arguments."""

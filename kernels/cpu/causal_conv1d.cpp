@@ -122,7 +122,7 @@ struct Call {
     const int64_t blocks = (args.d + conv_block - 1) / conv_block, tasks = args.partitions * blocks;
     const int64_t work = tasks ? x.numel() / tasks : 1;
     parallel(tasks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work)),
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+             [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 
   // Padded positions are no one's task and stay zero.
@@ -192,7 +192,7 @@ Tensor causal_conv1d_step(const Tensor& x, const Tensor& weight, const OptTensor
                        w.size(1), xs.stride(0), is_bf16(x), silu, is_bf16(w), b && is_bf16(*b)};
   const int64_t blocks = (a.d + conv_block - 1) / conv_block;
   parallel(blocks, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, a.batch * conv_block)),
-                              [&](int64_t begin, int64_t end) { causal_conv1d_step_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { causal_conv1d_step_for()(a, begin, end); });
   return y;
 }
 

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> delta_rule(const Tensor& q, const Tensor& k, 
   if (0 < heads && heads < threads) a.parts = std::clamp<int64_t>(a.headdim / 32, 1, (threads + heads - 1) / heads);
   const int64_t work = std::max<int64_t>(1, a.seqlen * a.d_state * a.headdim / a.parts);
   parallel(heads * a.parts, std::max<int64_t>(1, 65536 / work),
-                              [&](int64_t begin, int64_t end) { delta_rule_fwd_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { delta_rule_fwd_for()(a, begin, end); });
   return {y, final_state, saved};
 }
 
@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> delta_rule_bwd(
                         initial_state ? data<float>(dstate) : nullptr};
   const int64_t work = std::max<int64_t>(1, a.seqlen * a.d_state * a.headdim);
   parallel(a.batch * a.nheads, std::max<int64_t>(1, 16384 / work),
-                              [&](int64_t begin, int64_t end) { delta_rule_bwd_for()(g, begin, end); });
+           [&](int64_t begin, int64_t end) { delta_rule_bwd_for()(g, begin, end); });
   return {dq, dk, dv, dbeta, dlog, dstate};
 }
 
@@ -174,7 +174,7 @@ Tensor delta_rule_step(const Tensor& q, const Tensor& k, const Tensor& v, const 
                         v.size(2),             static_cast<float>(scale),
                         decay_of(decays, betas), is_bf16(v)};
   parallel(v.size(0) * nheads, std::max<int64_t>(1, 32768 / (a.d_state * a.headdim)),
-                              [&](int64_t begin, int64_t end) { delta_rule_step_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { delta_rule_step_for()(a, begin, end); });
   return y;
 }
 

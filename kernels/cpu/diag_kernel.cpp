@@ -31,8 +31,7 @@ Tensor diag_kernel(const Tensor& log_decay, const Tensor& weight, int64_t length
   DiagKernelArgs a = arguments(log_decay, weight, length);
   Tensor kernel = empty_f32(weight, {weight.size(0), a.c, length});
   a.kernel = data<float>(kernel);
-  parallel(weight.size(0), grain(a),
-                              [&](int64_t begin, int64_t end) { diag_kernel_fwd_for()(a, begin, end); });
+  parallel(weight.size(0), grain(a), [&](int64_t begin, int64_t end) { diag_kernel_fwd_for()(a, begin, end); });
   return kernel;
 }
 
@@ -43,8 +42,7 @@ std::tuple<Tensor, Tensor> diag_kernel_bwd(const Tensor& dkernel_, const Tensor&
   a.dkernel = data<float>(dkernel);
   Tensor dlog_decay = empty_as(log_decay), dweight = empty_as(weight);
   a.dlog_decay = data<double>(dlog_decay), a.dweight = data<float>(dweight);
-  parallel(weight.size(0), grain(a),
-                              [&](int64_t begin, int64_t end) { diag_kernel_bwd_for()(a, begin, end); });
+  parallel(weight.size(0), grain(a), [&](int64_t begin, int64_t end) { diag_kernel_bwd_for()(a, begin, end); });
   return {dlog_decay, dweight};
 }
 
@@ -65,7 +63,7 @@ Tensor diag_step(const Tensor& x, const Tensor& decay, const Tensor& B, const Te
   a.state = data<float>(state), a.y = data<float>(y);
   const int64_t blocks = (a.d + diag_step_block - 1) / diag_step_block;
   parallel(x.size(0) * blocks, std::max<int64_t>(1, 65536 / (diag_step_block * a.m)),
-                              [&](int64_t begin, int64_t end) { diag_step_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { diag_step_for()(a, begin, end); });
   return y;
 }
 

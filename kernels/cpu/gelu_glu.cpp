@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> gelu_glu(const Tensor& x, const Tensor& weight, const
   Tensor y = empty_f32(x, shape), mixed = empty_f32(x, {keep ? a.rows : 0, 2 * a.d_out});
   a.y = data<float>(y), a.mixed = keep ? data<float>(mixed) : nullptr;
   parallel((a.rows + gelu_glu_rows - 1) / gelu_glu_rows, 1,
-                              [&](int64_t begin, int64_t end) { gelu_glu_fwd_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { gelu_glu_fwd_for()(a, begin, end); });
   return {y, mixed};
 }
 

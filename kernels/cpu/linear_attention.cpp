@@ -135,8 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor& q, const Tenso
 #if defined(__x86_64__) || defined(_M_X64)
   if (isa() == Isa::avx512bf16 && a.v.bf16 && !call.per_channel) kernel = avx512bf16::linear_attention_fwd;
 #endif
-  parallel(tasks * a.parts, grain,
-                              [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  parallel(tasks * a.parts, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return {y, final, checkpoints};
 }
 
@@ -174,8 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_bwd(
   g.dinitial = data<float>(dinitial);
   const int64_t grain = std::max<int64_t>(1, 20000 / call.work(a.headdim));
   const auto kernel = call.per_channel ? linear_attention_channel_bwd_for() : linear_attention_bwd_for();
-  parallel(a.batch * a.nheads, grain,
-                              [&](int64_t begin, int64_t end) { kernel(g, begin, end); });
+  parallel(a.batch * a.nheads, grain, [&](int64_t begin, int64_t end) { kernel(g, begin, end); });
   auto over = [](const Tensor& t, int64_t axis) { return torch::stable::sum(t, std::vector<int64_t>{axis}); };
   auto per_head = [&](const Tensor& t, int64_t shared) {
     return shared == 1 ? t : over(torch::stable::view(t, {a.batch, a.seqlen, a.nheads / shared, shared, a.d_state}), 3);
@@ -213,7 +211,7 @@ Tensor linear_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, 
   Tensor y = torch::stable::new_empty(v, {v.size(0), a.nheads, a.headdim});
   a.y = heads(y, a.nheads);
   parallel(v.size(0) * a.nheads, std::max<int64_t>(1, 40000 / (a.d_state * a.headdim)),
-                              [&](int64_t begin, int64_t end) { linear_attention_step_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { linear_attention_step_for()(a, begin, end); });
   return y;
 }
 

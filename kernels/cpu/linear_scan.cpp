@@ -94,8 +94,7 @@ struct Call {
   template <class Kernel, class Args>
   void run(Kernel kernel, const Args& args_) const {
     const int64_t grain = std::max<int64_t>(1, 32768 / (args.block * args.seqlen));
-    parallel(batch * args.blocks, grain,
-                                [&](int64_t begin, int64_t end) { kernel(args_, begin, end); });
+    parallel(batch * args.blocks, grain, [&](int64_t begin, int64_t end) { kernel(args_, begin, end); });
   }
 };
 

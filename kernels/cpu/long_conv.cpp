@@ -77,8 +77,7 @@ Tensor long_conv(const Tensor& x, const Tensor& kernel, const OptTensor& skip, c
   // Each part transforms the kernel again, so the batch is cut only where there are fewer blocks than threads.
   const int64_t threads = torch::stable::get_num_threads();
   a.parts = std::min(a.batch, (threads + blocks(a.d) - 1) / blocks(a.d));
-  parallel(blocks(a.d) * a.parts, 1,
-                              [&](int64_t begin, int64_t end) { long_conv_fwd_for()(a, begin, end); });
+  parallel(blocks(a.d) * a.parts, 1, [&](int64_t begin, int64_t end) { long_conv_fwd_for()(a, begin, end); });
   return y;
 }
 
@@ -95,8 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> long_conv_bwd(const Tensor& dy_, cons
   a.dx = view(dx);
   if (state) a.dstate = view(dstate);
   a.dkernel = data<float>(dkernel), a.dreverse = data<float>(dreverse);
-  parallel(blocks(a.d), 1,
-                              [&](int64_t begin, int64_t end) { long_conv_bwd_for()(a, begin, end); });
+  parallel(blocks(a.d), 1, [&](int64_t begin, int64_t end) { long_conv_bwd_for()(a, begin, end); });
   return {dx, dkernel, dreverse, dstate};
 }
 

@@ -67,7 +67,7 @@ void attend(const Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v, c
   a.headdim = s.headdim;
   a.scale = static_cast<float>(scale);
   parallel(s.batch * s.nheads, std::max<int64_t>(1, 40000 / (s.d_state * s.headdim)),
-                              [&](int64_t begin, int64_t end) { linear_attention_step_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { linear_attention_step_for()(a, begin, end); });
 }
 
 void correct(const Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
@@ -94,7 +94,7 @@ void correct(const Sizes& s, const Tensor& q, const Tensor& k, const Tensor& v, 
                         is_bf16(v)};
   STD_TORCH_CHECK(a.v.group == 1, "v must have ", s.nheads, " heads");
   parallel(gates, std::max<int64_t>(1, 32768 / (s.d_state * s.headdim)),
-                              [&](int64_t begin, int64_t end) { delta_rule_step_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { delta_rule_step_for()(a, begin, end); });
 }
 
 // v with a column of ones behind each head, under which the state sums up its keys.

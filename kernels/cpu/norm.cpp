@@ -72,8 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& 
   a.dx = dx.data_ptr();
   a.dgate = dgate.data_ptr();
   a.dweight = needs_weight ? data<float>(dweights) : nullptr;
-  parallel(a.partitions, 1,
-                              [&](int64_t begin, int64_t end) { rms_norm_bwd_for()(a, begin, end); });
+  parallel(a.partitions, 1, [&](int64_t begin, int64_t end) { rms_norm_bwd_for()(a, begin, end); });
   std::vector<int64_t> over{0};
   Tensor dweight = needs_weight ? torch::stable::sum(dweights, over) : empty_f32(x, {0});
   return {dx, dgate, dweight};

@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(
   a.blocks = blocks(a.block);
   const int64_t work = a.seqlen * std::min(a.block, per_group) * (a.d_state + 4);
   parallel(a.batch * a.groups * a.blocks, std::max<int64_t>(1, 40000 / work),
-                              [&](int64_t begin, int64_t end) { selective_scan_fwd_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { selective_scan_fwd_for()(a, begin, end); });
   return {y, final, checkpoints};
 }
 
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   g.dC = data<float>(dC);
   const int64_t work = a.seqlen * (a.d_inner / a.groups / g.parts + 1) * (a.d_state + 4);
   parallel(a.batch * a.groups * g.parts, std::max<int64_t>(1, 10000 / work),
-                              [&](int64_t begin, int64_t end) { selective_scan_bwd_for()(g, begin, end); });
+           [&](int64_t begin, int64_t end) { selective_scan_bwd_for()(g, begin, end); });
   auto over = [](const Tensor& t, int64_t axis) { return torch::stable::sum(t, std::vector<int64_t>{axis}); };
   return {dx, ddt, over(dA, 0), over(dB, 2), over(dC, 2), over(dD, 0), dz, over(dbias, 0), dinitial};
 }
@@ -210,7 +210,7 @@ Tensor selective_scan_step(const Tensor& x, const Tensor& dt, const Tensor& A, c
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   a.y = y.data_ptr();
   parallel(x.size(0) * a.d_inner, std::max<int64_t>(64, 40000 / a.d_state),
-                              [&](int64_t begin, int64_t end) { selective_scan_step_for()(a, begin, end); });
+           [&](int64_t begin, int64_t end) { selective_scan_step_for()(a, begin, end); });
   return y;
 }
 

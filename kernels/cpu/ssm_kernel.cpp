@@ -30,8 +30,7 @@ Tensor dplr_spectrum(const Tensor& weights, const Tensor& square, const Tensor& 
   SpectrumArgs a = arguments(weights, square, real, dt, sin, cos, points);
   Tensor spectrum = empty_f32(weights, {weights.size(0), a.channels, 2, points});
   a.spectrum = data<float>(spectrum);
-  parallel(weights.size(0), grain(a),
-                              [&](int64_t begin, int64_t end) { dplr_spectrum_fwd_for()(a, begin, end); });
+  parallel(weights.size(0), grain(a), [&](int64_t begin, int64_t end) { dplr_spectrum_fwd_for()(a, begin, end); });
   return spectrum;
 }
 
@@ -44,8 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dplr_spectrum_bwd(const Tensor& dspec
   Tensor dweights = empty_as(weights), dsquare = empty_as(square), dreal = empty_as(real), ddt = empty_as(dt);
   a.dweights = data<float>(dweights), a.dsquare = data<float>(dsquare), a.dreal = data<float>(dreal);
   a.ddt = data<float>(ddt);
-  parallel(weights.size(0), grain(a),
-                              [&](int64_t begin, int64_t end) { dplr_spectrum_bwd_for()(a, begin, end); });
+  parallel(weights.size(0), grain(a), [&](int64_t begin, int64_t end) { dplr_spectrum_bwd_for()(a, begin, end); });
   return {dweights, dsquare, dreal, ddt};
 }
 
