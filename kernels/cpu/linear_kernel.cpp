@@ -12,19 +12,16 @@ constexpr int kAhead = 512;  // bytes: past the reach of the hardware prefetcher
 // Rows R at a time, so that the weight vector just loaded serves them all.
 template <int R, class T>
 void rows(const LinearArgs& a, int64_t first, int64_t begin, int64_t end) {
-  constexpr int U = R == 1 ? 4 : R == 2 ? 2 : 1;  // independent sums per row hide the latency of the multiply-add
+  constexpr int U = R == 1 ? 4 : R < 8 ? 8 / R : 1;  // eight independent sums hide the latency of the multiply-add
   const float* x = a.x + first * a.d_in;
   for (int64_t o = begin; o < end; ++o) {
     const T* w = static_cast<const T*>(a.weight) + o * a.d_in;
     vf sums[R][U] = {};
     int64_t i = 0;
     for (; i + U * W <= a.d_in; i += U * W) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
-      if constexpr (U * W * sizeof(T) > 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + 64);
-        __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + 128);
-        __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + 192);
-      }
+#pragma GCC unroll 4
+      for (size_t line = 0; line < U * W * sizeof(T); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + line);
       for (int u = 0; u < U; ++u) {
         vf wv = load(w + i + u * W);
         for (int r = 0; r < R; ++r) sums[r][u] += wv * load(x + r * a.d_in + i + u * W);
@@ -49,6 +46,7 @@ void rows(const LinearArgs& a, int64_t first, int64_t begin, int64_t end) {
 template <class T>
 void run(const LinearArgs& a, int64_t begin, int64_t end) {
   int64_t r = 0;
+  for (; r + 8 <= a.rows; r += 8) rows<8, T>(a, r, begin, end);
   for (; r + 4 <= a.rows; r += 4) rows<4, T>(a, r, begin, end);
   for (; r + 2 <= a.rows; r += 2) rows<2, T>(a, r, begin, end);
   for (; r < a.rows; ++r) rows<1, T>(a, r, begin, end);

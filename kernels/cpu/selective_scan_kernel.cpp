@@ -18,15 +18,12 @@ struct Record {
   vf delta, input, y;
 };
 
-template <int S, int U>
+template <bool Grows, int S, int U>
 inline void sweep(Record* records, const float* B, const float* C, int steps, float* h_at, const float* A_at,
                   Ahead::Two ahead) {
-  vf h[S][U], A[S][U];
+  vf h[S][U];
   for (int s = 0; s < S; ++s)
-    for (int u = 0; u < U; ++u) {
-      h[s][u] = load(h_at + s * kScanBlock + u * W);
-      A[s][u] = load(A_at + s * kScanBlock + u * W);
-    }
+    for (int u = 0; u < U; ++u) h[s][u] = load(h_at + s * kScanBlock + u * W);
   for (int t = 0; t < steps; ++t, records += V, B += N, C += N) {
     ahead.fetch();
 #pragma GCC unroll 4
@@ -35,7 +32,8 @@ inline void sweep(Record* records, const float* B, const float* C, int steps, fl
       vf y = records[u].y;
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s) {
-        h[s][u] = exp2(delta * A[s][u]) * h[s][u] + input * B[s];
+        const vf A = load(A_at + s * kScanBlock + u * W);  // not held: the registers are for h
+        h[s][u] = exp2<Grows>(delta * A) * h[s][u] + input * B[s];
         y += h[s][u] * C[s];
       }
       records[u].y = y;
@@ -45,14 +43,14 @@ inline void sweep(Record* records, const float* B, const float* C, int steps, fl
     for (int u = 0; u < U; ++u) store(h_at + s * kScanBlock + u * W, h[s][u]);
 }
 
-template <int S>
+template <bool Grows, int S>
 inline void sweep_block(Record (*records)[V], const float* B, const float* C, int steps, int vectors, float* h,
                         const float* A, Ahead::Two ahead) {
   const Ahead::Two idle = Ahead().pair(0);
   int v = 0;
   for (; v + kUnroll <= vectors; v += kUnroll)
-    sweep<S, kUnroll>(records[0] + v, B, C, steps, h + v * W, A + v * W, v ? idle : ahead);
-  for (; v < vectors; ++v) sweep<S, 1>(records[0] + v, B, C, steps, h + v * W, A + v * W, v ? idle : ahead);
+    sweep<Grows, S, kUnroll>(records[0] + v, B, C, steps, h + v * W, A + v * W, v ? idle : ahead);
+  for (; v < vectors; ++v) sweep<Grows, S, 1>(records[0] + v, B, C, steps, h + v * W, A + v * W, v ? idle : ahead);
 }
 
 // Blocks of one group of one row that walk through time together.
@@ -61,7 +59,7 @@ class Walk {
  public:
   Walk(const ScanArgs& a, int64_t most)
       : a_(a), n_(a.d_state), per_group_(a.d_inner / a.groups), size_(n_ * kScanBlock),
-        memory_(allocate(2 * most * size_ + 2 * round_up(n_, N) * T)) {
+        memory_(allocate(2 * most * size_ + 2 * round_up(n_, N) * T)), grows_(new bool[most]) {
     h_ = memory_.get();
     A_ = h_ + most * size_;
     B_ = A_ + most * size_;
@@ -103,9 +101,11 @@ class Walk {
     float *h = h_ + slot * size_, *A = A_ + slot * size_;
     std::fill_n(h, size_, 0.0f);
     std::fill_n(A, size_, 0.0f);
+    grows_[slot] = !a_.softplus;
     for (int64_t s = 0; s < n_; ++s)
       for (int c = 0; c < width; ++c) {
         A[s * kScanBlock + c] = a_.A[(first + c) * n_ + s] * log2e;
+        grows_[slot] |= A[s * kScanBlock + c] > 0;
         if (a_.initial) h[s * kScanBlock + c] = a_.initial[(row_ * a_.d_inner + first + c) * n_ + s];
       }
   }
@@ -144,14 +144,8 @@ class Walk {
       }
     }
 
-    for (int64_t s = 0; s < n_; s += 2) {
-      const float *B = B_ + s / N * T * N + s % N, *C = C_ + s / N * T * N + s % N;
-      float *h_s = h + s * kScanBlock, *A_s = A + s * kScanBlock;
-      if (s + 1 < n_)
-        sweep_block<2>(records, B, C, steps, vectors, h_s, A_s, ahead.pair(s / 2));
-      else
-        sweep_block<1>(records, B, C, steps, vectors, h_s, A_s, ahead.pair(s / 2));
-    }
+    grows_[slot] ? sweep_all<true>(records, steps, vectors, h, A, ahead)
+                 : sweep_all<false>(records, steps, vectors, h, A, ahead);
 
     for (int v = 0; v < vectors; ++v) {
       const int lanes = std::min(width - v * W, W);
@@ -164,9 +158,23 @@ class Walk {
     }
   }
 
+  template <bool Grows>
+  void sweep_all(Record (*records)[V], int steps, int vectors, float* h, const float* A, const Ahead& ahead) {
+    for (int64_t s = 0; s < n_; s += 2) {
+      const float *B = B_ + s / N * T * N + s % N, *C = C_ + s / N * T * N + s % N;
+      float* h_s = h + s * kScanBlock;
+      const float* A_s = A + s * kScanBlock;
+      if (s + 1 < n_)
+        sweep_block<Grows, 2>(records, B, C, steps, vectors, h_s, A_s, ahead.pair(s / 2));
+      else
+        sweep_block<Grows, 1>(records, B, C, steps, vectors, h_s, A_s, ahead.pair(s / 2));
+    }
+  }
+
   const ScanArgs& a_;
   const int64_t n_, per_group_, size_;
   Floats memory_;
+  std::unique_ptr<bool[]> grows_;  // of each slot: whether a decay may exceed 1
   float *h_, *A_, *B_, *C_;
   int64_t row_ = 0;
 };

@@ -139,13 +139,20 @@ inline vf min(vf a, vf b) { return a < b ? a : b; }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 #endif
 
-// 2^t, 2 ulp. Minimax polynomial of degree 5 on [-1/2, 1/2].
+// 2^t, 2 ulp. Minimax polynomial of degree 5 on [-1/2, 1/2]. Without avx512's scalef the ends are clamped: at -127 the
+// result is exactly 0, at 128 infinite, and NaN passes, being what min and max return of a pair with NaN second.
+// Positive = false leaves out what only t > 128 needs.
+template <bool Positive = true>
 inline vf exp2(vf t) {
 #if defined(__AVX512F__)
   vf n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  t = min(max(t, splat(-126.0f)), splat(127.4f));
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+  t = max(splat(-127.0f), t);
+  if constexpr (Positive) t = min(splat(128.0f), t);
+  vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+#if defined(__AVX2__)
+  asm("" : "+x"(magic));  // one register: compilers turn a difference of constants into a sum with another constant
+#endif
   vf shifted = t + magic;
   vf n = shifted - magic;
 #endif

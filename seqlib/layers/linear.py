@@ -8,12 +8,12 @@ in a module that is neither (`Affine`, `ShortConv`).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqlib.errors import UnsupportedInput
 from seqlib.layers.watched import watched
 from seqlib.ops.linear import FEW_ROWS, few_rows
+from seqlib.ops.linear.torch_impl import product
 
 __all__ = ["Affine", "Linear", "is_plain", "ordinary", "stored", "takes_few_rows", "weight_is_all"]
 
@@ -26,6 +26,8 @@ def takes_few_rows(layer: nn.Linear, x: Tensor) -> bool:
 
 class Linear(nn.Linear):
     """`nn.Linear`, taking `ops.linear` for up to FEW_ROWS rows where no gradient is recorded: the case of decoding.
+
+    Of more rows the product is torch's, in 16 bits by way of float32 where the CPU has no 16-bit products.
 
     It is an `nn.Linear` in every other respect, so PEFT and checkpoints see nothing new. Quantisers that look for
     `nn.Linear` itself, subclasses left out, find it after `ordinary`; `quantize_dynamic` would pass over it in silence.
@@ -47,7 +49,7 @@ class Linear(nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return (few_rows if takes_few_rows(self, x) else F.linear)(x, self.weight, self.bias)
+        return (few_rows if takes_few_rows(self, x) else product)(x, self.weight, self.bias)
 
 
 class Affine(nn.Module):

@@ -17,6 +17,7 @@ from seqlib.layers.init import fill_, linear_, uniform_
 from seqlib.layers.linear import Linear
 from seqlib.layers.mlp import ACTIVATIONS, MLP, MLPConfig
 from seqlib.ops.linear import FEW_ROWS, linear
+from seqlib.ops.linear.torch_impl import product
 
 __all__ = ["MoE", "MoEConfig", "balance_loss", "channel_config", "channel_mixer"]
 
@@ -157,8 +158,9 @@ class MoE(nn.Module):
         used, counts = experts.unique_consecutive(return_counts=True)
         parts = []
         for expert, rows in zip(used.tolist(), x.split(counts.tolist())):
-            product = linear if rows.shape[0] <= FEW_ROWS and not torch.is_grad_enabled() else F.linear
-            parts.append(product(self._activated(product(rows, self.in_weight[expert])), self.out_weight[expert]))
+            by = linear if rows.shape[0] <= FEW_ROWS and not torch.is_grad_enabled() else product
+            hidden = self._activated(by(rows, self.in_weight[expert], None))
+            parts.append(by(hidden, self.out_weight[expert], None))
         return torch.cat(parts)
 
     def _activated(self, hidden: Tensor) -> Tensor:
