@@ -168,6 +168,24 @@ def multiplies(dtype: torch.dtype) -> bool:
     return features is None or (allowed and not features.isdisjoint(_PRODUCTS[dtype]))
 
 
+# What holds torch and its libraries to an instruction set; they read it when they start.
+HELD = {
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+    },
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "portable": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
+
+
+def held_environment(isa: str) -> dict[str, str] | None:
+    """The environment of a process whose torch keeps to `isa`, a key of HELD; None where this process is one."""
+    wanted = HELD[isa] | {"SEQLIB_ISA": "all"}
+    return None if wanted.items() <= os.environ.items() else dict(os.environ) | wanted
+
+
 def _wanted(target: str) -> tuple[str, ...]:
     """What a library must serve to be taken here."""
     if target == "cuda":

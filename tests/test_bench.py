@@ -139,3 +139,15 @@ def test_page_has_the_speed_table_of_the_linear_family(tmp_path: Path) -> None:
     text = markdown.page(tmp_path)
     assert "| one | 2e+03 | a floor | 1e+03 | 2 | <= 1.5 |" in text and "| 25 | >= 20 |" in text
     assert "3 bytes per token between lengths 10, 20" in text
+
+
+def test_isa_holds_torch_and_ours_to_one_set(tmp_path: Path) -> None:
+    """In a process of its own, because torch's libraries read their limits when they start."""
+    if native.why_unavailable("cpu") is not None:
+        pytest.skip(native.why_unavailable("cpu"))
+    file = tmp_path / "out.json"
+    assert report.main(["norm", "--isa", "portable", "--repeats", "1", "--budget", "0.01", "--json", str(file)]) == 0
+    made = json.loads(file.read_text())
+    assert made["machine"]["isa"] == made["options"]["isa"] == "portable"
+    with pytest.raises(SystemExit):
+        report.main(["norm", "--isa", "portable"], peers={"norm": {}})

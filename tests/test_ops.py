@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seqlib import native
 from seqlib.dispatch import Impl, Op, op_names, resolve
 from seqlib.errors import BackendUnavailable, UnsupportedInput
 from seqlib.ops.case import Case, outputs

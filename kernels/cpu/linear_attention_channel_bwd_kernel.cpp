@@ -16,7 +16,7 @@ struct Buffers {
   ChannelChunk keys;
   float *q, *q_seen, *v, *vt, *dy, *dyt;
   float *dscores, *dq, *dk, *product;  // product: n x T
-  float *terms, *out_of;               // of the gradient of log_decay: what sums to later positions, and to earlier ones
+  float *terms, *out_of;               // of the gradient of log_decay: sums over later and over earlier positions
   float* dstate;
   float* states;  // that enter the chunks since a checkpoint
   Ahead ahead;

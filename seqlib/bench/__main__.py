@@ -1,5 +1,6 @@
-"""python -m seqlib.bench [op ...] [--dtype D] [--threads N] [--repeats N] [--budget S] [--json FILE]
+"""python -m seqlib.bench [op ...] [--dtype D] [--threads N] [--repeats N] [--budget S] [--isa I] [--json FILE]
 
+`--isa avx2` times what a machine without AVX-512 would run.
 `python -m seqlib.bench gpu` times the GPU instead, see seqlib/bench/gpu.py.
 """
 

@@ -42,10 +42,11 @@ def _machine(report: dict[str, Any]) -> str:
     if "limits" not in report:
         return f"{facts['cpu']}, {facts['cores']} cores, {facts['isa']}, torch {facts['torch']}."
     limit = report["limits"]
+    held = ", torch held to the same set" if report["options"].get("isa") else ""
     load = ", ".join(f"{x:.1f}" for x in facts["load_average"])
     return (
-        f"{facts['cpu']}, {report['options']['threads']} threads, {facts['isa']}, torch {facts['torch']}, load {load} "
-        f"at the start. In the same run: copy {limit['copy_gb_s']:.0f} GB/s, matrix product "
+        f"{facts['cpu']}, {report['options']['threads']} threads, {facts['isa']}, torch {facts['torch']}{held}, "
+        f"load {load} at the start. In the same run: copy {limit['copy_gb_s']:.0f} GB/s, matrix product "
         f"{limit['matmul_float32_gflop_s']:.0f} GFLOP/s in float32."
     )
 

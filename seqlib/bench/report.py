@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from seqlib import native
 from seqlib.bench import Peer, bench_op, limits, machine
 from seqlib.bench.clock import DTYPES, keep_freed_memory
 from seqlib.dispatch import op_names
@@ -105,10 +107,24 @@ def main(arguments: Sequence[str] | None = None, peers: Mapping[str, Mapping[str
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--budget", type=float, default=5.0, help="seconds per contender and comparison")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--isa", choices=native.HELD, help="as on a machine without anything beyond it: ours, torch and peers"
+    )
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - set(op_names()))
     if unknown:
         parser.error(f"unknown op {', '.join(unknown)}; known: {', '.join(op_names())}")
+    if options.isa:
+        if held := native.held_environment(options.isa):
+            again = [sys.executable, "-m", "seqlib.bench", *(sys.argv[1:] if arguments is None else arguments)]
+            if peers:
+                parser.error(f"--isa {options.isa} is for python -m seqlib.bench, without peers of other packages")
+            return subprocess.run(again, env=held, check=False).returncode
+        native.load("cpu")
+        try:
+            torch.ops.seqlib.isa(options.isa)
+        except RuntimeError as error:
+            parser.error(str(error).splitlines()[0])
     report = run(
         options.ops or op_names(),
         dtype=options.dtype,
@@ -117,6 +133,7 @@ def main(arguments: Sequence[str] | None = None, peers: Mapping[str, Mapping[str
         budget=options.budget,
         peers=peers,
     )
+    report["options"]["isa"] = options.isa
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     wrong = [f"{r['op']} {r['case']}: {name}" for r in report["results"] for name in r["wrong"]]
