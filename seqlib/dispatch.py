@@ -29,6 +29,7 @@ from seqlib.errors import BackendUnavailable
 __all__ = [
     "BACKENDS",
     "FORMS",
+    "OPEN",
     "TRANSFORMED",
     "Choice",
     "Facts",
@@ -56,6 +57,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 TRANSFORMED = "derivatives by torch.func or forward mode"
 """A feature that `Op.choose` finds by itself; rows of plain torch operations have it, unless they refuse it."""
+OPEN = "a length that an exported program leaves open"
+"""A feature that `Op.choose` finds by itself."""
 BACKENDS = ("reference", "torch", "native", "triton", "vendor")
 FORMS = ("reference", "chunked", "parallel", "recurrent")
 
@@ -140,6 +143,8 @@ class Op:
         """The function that runs for these facts; remembered, because decoding asks the same at every step."""
         backend = preferred(self.name, backend)
         if torch.compiler.is_exporting():
+            if isinstance(facts.seqlen, torch.SymInt):
+                facts = facts._replace(features=facts.features | {OPEN})
             sizes = tuple((name, counted(size)) for name, size in facts.sizes)
             facts = facts._replace(seqlen=counted(facts.seqlen), sizes=sizes)
         if torch.compiler.is_compiling():

@@ -50,7 +50,7 @@ class SequenceInfo:
                 raise UnsupportedInput(
                     f"{name} must be a bool tensor of shape (batch, seqlen), got {tensor.dtype} {shape}"
                 )
-        if len(set(shapes.values())) > 1:
+        if len(shapes) > 1 and shapes["starts"] != shapes["padding_mask"]:
             raise UnsupportedInput(f"starts and padding_mask must have one shape, got {shapes}")
         if self.starts is not None and self.padding_mask is not None:
             object.__setattr__(self, "starts", _at_real_tokens(self.starts, self.padding_mask))

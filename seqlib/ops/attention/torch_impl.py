@@ -80,6 +80,9 @@ def attend(
         return form((q, *sums), known, Rule(window, causal, scale, relu, begin, end))
 
     final = append(state, k, v, since, window=window, seq=seq)
+    if isinstance(q.shape[1], torch.SymInt) and state is None and (window is not None or seq is not None):
+        sums = () if log_decay is None else (log_decay.cumsum(1)[..., None],)
+        return _in_one_mask((q, *sums), (k, v, *sums), Rule(window, causal, scale, relu), seq), final
     if seq is None or seq.shape is None:
         return run(inputs, None, True, None), final
     y = q.new_zeros(q.shape[0] * q.shape[1], q.shape[2], v.shape[3])
@@ -96,6 +99,27 @@ def sums_of_last(log_decay: Tensor, seq: SequenceInfo | None) -> Tensor:
         before = seq.document_ids != seq.document_ids[:, -1:]
         log_decay = log_decay.masked_fill(before[..., None], 0.0)
     return log_decay.cumsum(1)
+
+
+def _in_one_mask(queries: Tokens, keys: Tokens, rule: Rule, seq: SequenceInfo | None) -> Tensor:
+    """Every query and key of an exported program at once: its documents and blocks cannot be counted."""
+    (batch, seqlen), device = queries[0].shape[:2], queries[0].device
+    seq = seq or SequenceInfo()
+    at = seq.positions(batch, seqlen, device)
+    away = at[:, :, None] - at[:, None]  # b query key
+    visible = away >= 0 if rule.causal else torch.ones_like(away, dtype=torch.bool)
+    if rule.window is not None:
+        visible = visible & (away.abs() < rule.window)
+    document = seq.document_ids
+    if document is not None:
+        visible = visible & (document[:, :, None] == document[:, None])
+    if seq.padding_mask is None:
+        return _sdpa(queries, keys, rule, attn_mask=visible[:, None])
+    # A padded query is not read, but must see something for its softmax to be a number.
+    real = seq.padding_mask[:, :, None]
+    visible = (visible & real & seq.padding_mask[:, None]) | (~real & (away == 0))
+    y = _sdpa(queries, keys, rule, attn_mask=visible[:, None])
+    return y.masked_fill(~seq.padding_mask[..., None, None], 0)
 
 
 def _parallel(queries: Tokens, keys: Tokens, rule: Rule) -> Tensor:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqlib.errors import UnsupportedInput
 from seqlib.sequence import SequenceInfo
 
 __all__ = ["by_document"]
@@ -34,6 +35,8 @@ def by_document(
     batch, seqlen, d = x.shape
     if seq is None or seq.shape is None:
         return dense(x, initial_state), _last_inputs(x, past, initial_state)
+    if torch.compiler.is_exporting():
+        return _without_padding(dense, x, past, initial_state, seq)
     documents = _documents(seq)
     groups: dict[int, list[_Document]] = defaultdict(list)
     for document in documents:
@@ -50,6 +53,22 @@ def by_document(
         part = dense(flat[index], _states(group, initial_state))
         y = y.index_put((index,), part)
     return y[:-1].view(batch, seqlen, d), _final_state(x, past, initial_state, documents)
+
+
+def _without_padding(
+    dense: Dense, x: Tensor, past: int, initial_state: Tensor | None, seq: SequenceInfo
+) -> tuple[Tensor, Tensor]:
+    """The same for an exported program, which cannot count documents: real tokens move to the front and back."""
+    if seq.starts is not None or seq.padding_mask is None or initial_state is not None:
+        raise UnsupportedInput("an exported convolution takes padding, but no packed documents and no earlier state")
+    (batch, seqlen, d), real = x.shape, seq.padding_mask
+    place = real.long().cumsum(1) - 1
+    slot = torch.where(real, place, seqlen)[..., None].expand(batch, seqlen, d)
+    front = x.new_zeros(batch, seqlen + 1, d).scatter(1, slot, x)[:, :seqlen]
+    y = dense(front, None).gather(1, place.clamp(min=0)[..., None].expand(batch, seqlen, d))
+    last = real.sum(1)[:, None] + torch.arange(past, device=x.device)
+    state = torch.nn.functional.pad(front, (0, 0, past, 0)).gather(1, last[..., None].expand(batch, past, d))
+    return y.masked_fill(~real[..., None], 0), state
 
 
 def _documents(seq: SequenceInfo) -> list[_Document]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def facts(q: Tensor, k: Tensor, theta: Tensor, positions: Tensor, *, pairs: str 
         "positions that broadcast": torch.compiler.is_exporting() or positions.shape != q.shape[:-2],
         "other dtypes of angles": theta.dtype != torch.float32 or positions.dtype != torch.int64,
     }
-    tokens = q.shape[:-2].numel()
+    tokens = math.prod(q.shape[:-2])
     sizes = (("headdim", q.shape[-1]), ("angles", theta.shape[-1]), ("tokens", min(counted(tokens), FEW_TOKENS + 1)))
     features = frozenset(name for name, given in used.items() if given)
     return Facts(q.device.type, q.dtype, q.shape[-3], needs_grad, features, sizes)

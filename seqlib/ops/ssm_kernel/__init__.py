@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op, undisturbed
+from seqlib.dispatch import OPEN, Facts, Impl, Op, undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.ssm_kernel.dense import (
     dense_final_state,
@@ -45,6 +45,7 @@ IMPLS = (
         devices=("cpu",),
         dtypes=(torch.float32,),
         needs=("native",),
+        refuses=frozenset({OPEN}),
     ),
     Impl("native", "parallel", f"{_HERE}.cuda_impl:diag", **_CUDA),
     Impl("torch", "parallel", f"{_HERE}.torch_impl:diag"),
@@ -65,6 +66,7 @@ DPLR_IMPLS = (
         devices=("cpu",),
         dtypes=(torch.float32,),
         needs=("native",),
+        refuses=frozenset({OPEN}),
         limits=_rank_one,
     ),
     Impl("native", "parallel", f"{_HERE}.cuda_impl:dplr", **_CUDA),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlib.ops.ssm_kernel.torch_impl import block_size, powers, real_pairs
+from seqlib.ops.ssm_kernel.torch_impl import powers, real_pairs, tables
 
 __all__ = ["final_state", "state_outputs"]
 
@@ -28,8 +28,7 @@ def state_outputs(log_decay: Tensor, C: Tensor, state: Tensor, length: int, *, p
     """
     high = state.dtype.to_real()
     with torch.autocast(state.device.type, enabled=False):
-        size = block_size(length)
-        count = -(-length // size)
+        size, count = tables(length)
         coarse = powers(log_decay, high, count, first=1, step=size)  # d a n
         fine = powers(log_decay, high, size)
         wide = torch.promote_types(torch.promote_types(state.dtype, coarse.dtype), _narrow(C.dtype, high))
@@ -57,8 +56,7 @@ def final_state(log_decay: Tensor, B_bar: Tensor, x: Tensor, initial_state: Tens
     high = torch.float64 if real == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
         batch, length, d = x.shape
-        size = block_size(length)
-        count = -(-length // size)
+        size, count = tables(length)
         u = F.pad(x.to(high), (0, 0, count * size - length, 0)).view(batch, count, size, d).permute(3, 0, 1, 2)
         fine = powers(log_decay, high, size).flip(1)  # d size n
         coarse = powers(log_decay, high, count, step=size).flip(1)  # d a n

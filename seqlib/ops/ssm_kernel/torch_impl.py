@@ -10,7 +10,18 @@ from torch import Tensor
 
 from seqlib.ops.ssm_kernel.discretize import discretize
 
-__all__ = ["block_size", "cauchy", "diag", "dplr", "powers", "real_pairs", "to_kernel", "vandermonde", "weights"]
+__all__ = [
+    "block_size",
+    "cauchy",
+    "diag",
+    "dplr",
+    "powers",
+    "real_pairs",
+    "tables",
+    "to_kernel",
+    "vandermonde",
+    "weights",
+]
 
 
 def diag(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, discretization: str) -> Tensor:
@@ -33,8 +44,7 @@ def vandermonde(log_decay: Tensor, weight: Tensor, length: int, high: torch.dtyp
 
     With l = a T + b, decay^l = (decay^T)^a decay^b: a table of coarse powers times one of T fine ones.
     """
-    size = block_size(length)
-    count = -(-length // size)
+    size, count = tables(length)
     coarse = powers(log_decay, high, count, step=size)  # d a n
     fine = powers(log_decay, high, size)
     left = (weight.to(coarse.dtype)[:, :, None] * coarse[:, None]).flatten(1, 2)  # d ca n
@@ -114,16 +124,16 @@ def powers(log_decay: Tensor, high: torch.dtype, count: int, *, first: int = 0, 
     Exponents are never negative, so that no factor of a product overflows where the product is small.
     """
     size = 8
-    if count <= 2 * size:
-        return _exp(log_decay, high, range(first, first + step * count, step))
-    fine = _exp(log_decay, high, range(first, first + step * size, step))
-    coarse = _exp(log_decay, high, range(0, step * count, step * size))
+    if isinstance(count, torch.SymInt) or count <= 2 * size:
+        return _exp(log_decay, high, first, step, count)
+    fine = _exp(log_decay, high, first, step, size)
+    coarse = _exp(log_decay, high, 0, step * size, -(-count // size))
     return (coarse[:, :, None] * fine[:, None]).flatten(1, 2)[:, :count]
 
 
-def _exp(log_decay: Tensor, high: torch.dtype, exponents: range) -> Tensor:
+def _exp(log_decay: Tensor, high: torch.dtype, first: int, step: int, count: int) -> Tensor:
     """Angles are taken in float64 and reduced to one turn: at 10^4 radians float32 has only three digits left."""
-    at = torch.tensor(exponents, dtype=torch.float64, device=log_decay.device)[:, None]
+    at = (first + step * torch.arange(count, dtype=torch.float64, device=log_decay.device))[:, None]
     size = torch.exp(log_decay.real[:, None].to(high) * at.to(high))
     if not log_decay.is_complex():
         return size
@@ -138,6 +148,14 @@ def real_pairs(t: Tensor, *, conjugate: bool = False) -> Tensor:
         return t
     # Not t.conj(), whose gradient is a view that vmap does not know.
     return (torch.stack([t.real, -t.imag], -1) if conjugate else torch.view_as_real(t)).flatten(-2)
+
+
+def tables(length: int) -> tuple[int, int]:
+    """Fine and coarse powers in tables for a length; one that an exported program leaves open is one block."""
+    if isinstance(length, torch.SymInt):
+        return length, 1
+    size = block_size(length)
+    return size, -(-length // size)
 
 
 def block_size(length: int) -> int:
