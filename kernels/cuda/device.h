@@ -346,6 +346,11 @@ SEQLIB_DEVICE void store_one(void* data, Dtype dtype, int64_t at, float value) {
   store<1>(data, dtype, at, 1, v);
 }
 
+// A rate for exp2. Minus infinity would make NaN of a step of no size, and -1e30 forgets as well.
+SEQLIB_DEVICE float base_two(float rate) {
+  const float x = kLog2e * rate;
+  return x < -1e30f ? -1e30f : x;
+}
 SEQLIB_DEVICE float sigmoid(float x) { return inverse_fast(1.0f + exp2_fast(-kLog2e * x)); }
 SEQLIB_DEVICE float silu(float x) { return x * sigmoid(x); }
 // max(x, 0) + log(1 + e), e = exp(-|x|), by the series of 2 atanh(e / (2 + e)), whose terms fall by a factor of nine.

@@ -141,7 +141,7 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_backward(const ScanBackArgs b) {
       if (a.D) D[k] = a.D[c];
     }
     SEQLIB_UNROLL
-    for (int s = 0; s < S; ++s) A[k][s] *= kLog2e;
+    for (int s = 0; s < S; ++s) A[k][s] = base_two(A[k][s]);
   }
 
   for (int64_t t = task.begin + (task.end - 1 - task.begin) / kTile * kTile; t >= task.begin; t -= kTile) {
@@ -288,7 +288,7 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_summarize_back(const ScanBackArgs b) {
   for (int k = 0; k < K; ++k) {
     if (me.channel(k) < task.channels) load_states(a.A + (task.first + me.channel(k)) * a.d_state, a.d_state, me.n, A[k]);
     SEQLIB_UNROLL
-    for (int s = 0; s < S; ++s) A[k][s] *= kLog2e;
+    for (int s = 0; s < S; ++s) A[k][s] = base_two(A[k][s]);
   }
   for (int64_t t = task.begin + (task.end - 1 - task.begin) / kTile * kTile; t >= task.begin; t -= kTile) {
     const Marks marks(a, task.row, t, kTile);

@@ -125,7 +125,7 @@ SEQLIB_GLOBAL(kScanThreads, S <= 4 ? 4 : G < 32 ? 3 : 2) scan_forward(const Scan
     if (entry) load_states(entry + c * a.d_state, a.d_state, n, h);
   }
   SEQLIB_UNROLL
-  for (int s = 0; s < S; ++s) A[s] *= kLog2e;
+  for (int s = 0; s < S; ++s) A[s] = base_two(A[s]);
 
   const int64_t kept = (a.seqlen + kScanCheckpoint - 1) / kScanCheckpoint;
   for (int64_t t = task.begin; t < task.end; t += F::steps) {
@@ -161,7 +161,7 @@ SEQLIB_GLOBAL(kScanThreads, 2) scan_summarize(const ScanArgs a) {
   float A[S] = {}, h[S] = {}, sum = 0.0f;
   if (valid) load_states(a.A + c * a.d_state, a.d_state, n, A);
   SEQLIB_UNROLL
-  for (int s = 0; s < S; ++s) A[s] *= kLog2e;
+  for (int s = 0; s < S; ++s) A[s] = base_two(A[s]);
   for (int64_t t = task.begin; t < task.end; t += F::steps) {
     const Marks marks(a, task.row, t, F::steps);
     next.settle(a, task, whole, t, marks.real, tile);

@@ -27,7 +27,7 @@ SEQLIB_GLOBAL(kThreads, 8) scan_step(const ScanStepArgs a) {
     load<kStates>(a.C.data, a.C.dtype, row * a.C.batch + group * a.C.group + n, left, C);
     SEQLIB_UNROLL
     for (int s = 0; s < kStates; ++s) {
-      h[s] = exp2_fast(delta * kLog2e * A[s]) * h[s] + delta * x * B[s];
+      h[s] = exp2_fast(delta * base_two(A[s])) * h[s] + delta * x * B[s];
       y += C[s] * h[s];
     }
     if (valid) store<kStates>(state, left, h);

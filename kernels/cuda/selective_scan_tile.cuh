@@ -140,7 +140,7 @@ SEQLIB_GLOBAL(kScanThreads, 1) scan_combine(const CombineArgs c) {
   const int64_t width = a.d_inner * a.d_state, i = block_index() * kScanThreads + thread_index();
   if (i < a.batch * width) {
     const int64_t row = i / width, place = i % width;
-    const float A = a.A[place] * kLog2e;
+    const float A = base_two(a.A[place]);
     float state = c.before ? c.before[i] : 0.0f;
     for (int64_t k = 0; k < a.segments; ++k) {
       const int64_t s = row * a.segments + (c.reverse ? a.segments - 1 - k : k);
