@@ -215,7 +215,7 @@ def test_ctrl_c_says_how_to_go_on(text: Path, tmp_path: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "seqlib.lm", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background jobs ignore it
     )  # fmt: skip
     end = time.time() + 120
     while not list(folder.glob("checkpoints/checkpoint-[0-9]*")) and time.time() < end and run.poll() is None:

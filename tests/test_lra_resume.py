@@ -283,7 +283,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "seqlib.lra", "train", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background jobs ignore it
     )  # fmt: skip
     end = time.time() + 120
     while not list(folder.glob("seed-0/checkpoints/checkpoint-*")) and time.time() < end and run.poll() is None:
