@@ -55,6 +55,14 @@ def test_one_program_serves_every_batch_and_length(kind: str, masked: bool) -> N
         torch.testing.assert_close(program(*given), model(*given), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", BOTH)
+@torch.no_grad()
+def test_a_masked_program_of_one_size(kind: str) -> None:
+    model, given = Hidden(kind).eval(), rows(2, 9, True)
+    program = torch.export.export(model, given, strict=False).module()
+    torch.testing.assert_close(program(*given), model(*given), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()

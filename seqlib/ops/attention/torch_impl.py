@@ -80,7 +80,8 @@ def attend(
         return form((q, *sums), known, Rule(window, causal, scale, relu, begin, end))
 
     final = append(state, k, v, since, window=window, seq=seq)
-    if isinstance(q.shape[1], torch.SymInt) and state is None and (window is not None or seq is not None):
+    counted = seq is None and not isinstance(q.shape[1], torch.SymInt)
+    if torch.compiler.is_exporting() and state is None and (window is not None or seq is not None) and not counted:
         sums = () if log_decay is None else (log_decay.cumsum(1)[..., None],)
         return _in_one_mask((q, *sums), (k, v, *sums), Rule(window, causal, scale, relu), seq), final
     if seq is None or seq.shape is None:
