@@ -7,7 +7,6 @@ refused; every refusal is a sentence. `explain` and `python -m seqlib.dispatch` 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,13 +16,11 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.autograd import forward_ad
 
+from seqlib.context import counted, transformed, transforms
 from seqlib.errors import BackendUnavailable
 
 __all__ = [
@@ -36,24 +33,16 @@ __all__ = [
     "Impl",
     "Op",
     "Verdict",
-    "batched",
-    "counted",
     "explain",
-    "forward_mode",
     "mode",
     "preferred",
     "remembered",
     "resolve",
     "threads_are_given",
-    "transformed",
-    "undisturbed",
     "use_backend",
     "used",
-    "values_seen",
 ]
 
-P = ParamSpec("P")
-R = TypeVar("R")
 T = TypeVar("T")
 TRANSFORMED = "derivatives by torch.func or forward mode"
 """A feature that `Op.choose` finds by itself; rows of plain torch operations have it, unless they refuse it."""
@@ -268,7 +257,7 @@ def remembered(key: Hashable, choose: Callable[[], T]) -> T:
 
 def mode(device: str) -> tuple[Any, ...]:
     """What else than its arguments decides which row a call gets; equal for calls that may share a choice."""
-    return _scope.get(), os.environ.get("SEQLIB_BACKEND"), torch.is_autocast_enabled(device), _transforms()
+    return _scope.get(), os.environ.get("SEQLIB_BACKEND"), torch.is_autocast_enabled(device), transforms()
 
 
 @torch.compiler.assume_constant_result  # compilers cannot trace a ContextVar; the scope at trace time holds
@@ -342,53 +331,6 @@ def op_names() -> list[str]:
     assert ops is not None and ops.submodule_search_locations
     root = ops.submodule_search_locations[0]
     return sorted(d.name for d in os.scandir(root) if os.path.isfile(os.path.join(d.path, "reference.py")))
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward mode differentiates around this call."""
-    return not torch.compiler.is_compiling() and bool(_transforms() & {TransformType.Grad, TransformType.Jvp})
-
-
-def forward_mode() -> bool:
-    """Whether derivatives along a direction are taken around this call, which fused kernels do not have."""
-    return not torch.compiler.is_compiling() and TransformType.Jvp in _transforms()
-
-
-def counted(n: int) -> int:
-    """A size, for choices between implementations: one that an exported program leaves open counts as large."""
-    return 1 << 20 if isinstance(n, torch.SymInt) else n
-
-
-def batched() -> bool:
-    """Whether torch.func.vmap runs around this call: tensors have no numbers that Python could look at."""
-    return not torch.compiler.is_compiling() and TransformType.Vmap in _transforms()
-
-
-def values_seen() -> bool:
-    """Whether Python may look at the numbers in tensors: not while a compiler traces or vmap runs."""
-    return not torch.compiler.is_compiling() and not batched()
-
-
-def _transforms() -> set[Any]:
-    """The kinds of torch.func's transforms around this call; forward mode by itself counts as its jvp."""
-    found = {TransformType.Jvp} if forward_ad._current_level >= 0 else set()
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        found |= {level.key() for level in retrieve_all_functorch_interpreters()}
-    return found
-
-
-def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` as documented whatever surrounds the call: autocast would multiply its matrices in 16 bits."""
-
-    @functools.wraps(function)
-    def apart(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch._C._is_any_autocast_enabled():
-            return function(*args, **kwargs)
-        device = next(t.device.type for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return apart
 
 
 def _op(name: str) -> Op:

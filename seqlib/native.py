@@ -39,6 +39,7 @@ from typing import NamedTuple
 
 import torch
 
+from seqlib import cpu
 from seqlib.errors import NativeUnavailable
 
 __all__ = [
@@ -58,7 +59,6 @@ _PACKAGE = Path(__file__).resolve().parent
 _PREBUILT = _PACKAGE / "_lib"  # where `python -m seqlib.native build` puts a library
 _ABI = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10, the oldest we support
 _FOLDER = {"cpu": "cpu", "cuda": "cuda", "emulated": "cuda"}
-_CPU_INFO = Path("/proc/cpuinfo")
 TARGETS = tuple(_FOLDER)
 
 
@@ -131,59 +131,11 @@ def instruction_sets(*, all_sets: bool = False) -> tuple[str, ...]:
         for name, options in _manifest()["cpu"]["isa"].items()
         if kind in options["machines"] or "any" in options["machines"]
     }
-    features = _cpu_features()
+    features = cpu.features()
     if all_sets or features is None:
         return tuple(known)
     best = next((name for name, options in known.items() if features >= set(options["features"])), None)
     return () if best is None else (best, *known[best].get("beside", ()))
-
-
-@functools.cache
-def _cpu_features() -> frozenset[str] | None:
-    """What this CPU can do, in the words of Linux; None where the system does not tell."""
-    with contextlib.suppress(OSError):
-        for line in _CPU_INFO.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("flags", "Features"):
-                return frozenset(value.split())
-    return None
-
-
-_PRODUCTS = {
-    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
-    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
-}
-
-
-@functools.cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of a 16-bit dtype on this CPU as such; where not, it is slower than float32.
-
-    True where the system does not tell. oneDNN does it, and may be told to use less than there is (ONEDNN_MAX_CPU_ISA).
-    """
-    features, most = _cpu_features(), os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    allowed = most in ("DEFAULT", "ALL") or any(
-        word in most for word in ("AMX", "AVX10", "FP16", *(("BF16",) if dtype == torch.bfloat16 else ()))
-    )
-    return features is None or (allowed and not features.isdisjoint(_PRODUCTS[dtype]))
-
-
-# What holds torch and its libraries to an instruction set; they read it when they start.
-HELD = {
-    "avx512": {
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
-    },
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "portable": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-}
-
-
-def held_environment(isa: str) -> dict[str, str] | None:
-    """The environment of a process whose torch keeps to `isa`, a key of HELD; None where this process is one."""
-    wanted = HELD[isa] | {"SEQLIB_ISA": "all"}
-    return None if wanted.items() <= os.environ.items() else dict(os.environ) | wanted
 
 
 def _wanted(target: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqlib import native
+from seqlib import cpu
 from seqlib.layers.linear import Linear
 from seqlib.ops.linear import torch_impl
 from seqlib.ops.linear.torch_impl import product
@@ -22,7 +22,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(x.shape[0] if x.dim() > 1 else 1)
         return widened(x, weight, bias)
 
-    monkeypatch.setattr(native, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(cpu, "multiplies", lambda dtype: False)
     monkeypatch.setattr(torch_impl, "_widened", counted)
     return rows
 
@@ -71,7 +71,7 @@ def test_who_sees_gradients_or_transforms_gets_torchs_product(without) -> None:
 def test_float32_and_cpus_that_multiply_are_left_alone(without, monkeypatch) -> None:
     with torch.no_grad():
         Linear(8, 4)(torch.randn(20, 8))
-        monkeypatch.setattr(native, "multiplies", lambda dtype: True)
+        monkeypatch.setattr(cpu, "multiplies", lambda dtype: True)
         Linear(8, 4).bfloat16()(torch.randn(20, 8).bfloat16())
     assert not without
 
@@ -91,9 +91,9 @@ def test_float32_and_cpus_that_multiply_are_left_alone(without, monkeypatch) -> 
     ],
 )
 def test_what_a_cpu_multiplies(features, most, bfloat16, float16, monkeypatch) -> None:
-    monkeypatch.setattr(native, "_cpu_features", lambda: None if features is None else frozenset(features))
+    monkeypatch.setattr(cpu, "features", lambda: None if features is None else frozenset(features))
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     if most:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
-    asked = native.multiplies.__wrapped__
+    asked = cpu.multiplies.__wrapped__
     assert (asked(torch.bfloat16), asked(torch.float16)) == (bfloat16, float16)

@@ -69,7 +69,7 @@ OURS = {"d_model": 32, "n_layer": 2, "vocab_size": 97, "mixer": "mamba", "mlp": 
         ({"d_model": 10**9}, "d_model=1,000,000,000"),
         ({"vocab_size": 10**12}, "vocab_size"),
         ({"mlp": {"d_mlp": 10**10}}, r"mlp\.d_mlp"),
-        ({"mlp": [3]}, "mlp is a dict of fields"),
+        ({"mlp": [3]}, "mlp must be an object or null"),
         ({"mixers": {"mamba": {"kind": "mamba", "expand": 10**9}}}, r"mixers\.mamba\.expand"),
         ({"mixers": {"mamba": {"kind": "mamba", "d_state": None}}}, "d_state must be an integer, got None"),
         ({"mixers": {"mamba": {"kind": "mamba", "d_stat": 4}}}, "did you mean d_state"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seqlib import cpu as this_cpu
 from seqlib import native
 from seqlib.errors import NativeUnavailable
 
@@ -76,16 +77,16 @@ def small(monkeypatch, tmp_path: Path) -> Path:
 def cpu(monkeypatch, tmp_path: Path):
     """Makes this machine one of CPUS."""
     monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(native, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(this_cpu, "_CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.delenv("SEQLIB_ISA", raising=False)
 
     def become(name: str) -> None:
-        native._CPU_INFO.write_text(f"processor\t: 0\nflags\t\t: fpu {CPUS[name][0]}\n")
-        native._cpu_features.cache_clear()
+        this_cpu._CPU_INFO.write_text(f"processor\t: 0\nflags\t\t: fpu {CPUS[name][0]}\n")
+        this_cpu.features.cache_clear()
 
-    native._cpu_features.cache_clear()
+    this_cpu.features.cache_clear()
     yield become
-    native._cpu_features.cache_clear()
+    this_cpu.features.cache_clear()
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -228,7 +229,7 @@ def test_a_first_build_compiles_the_sets_of_this_machine(cpu, name: str) -> None
 
 def test_all_sets_are_built_where_the_cpu_is_unknown_or_all_are_asked_for(cpu, monkeypatch) -> None:
     everything = ("avx512bf16", "avx512", "avx2", "portable")
-    assert not native._CPU_INFO.exists() and native._wanted("cpu") == everything
+    assert not this_cpu._CPU_INFO.exists() and native._wanted("cpu") == everything
     cpu("Zen 3")
     monkeypatch.setenv("SEQLIB_ISA", "all")
     assert native._wanted("cpu") == everything

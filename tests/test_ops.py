@@ -336,7 +336,8 @@ def test_a_document_start_forgets_whatever_came_before(
         if seq.padding_mask is not None:
             clean = clean & seq.padding_mask
         for want, got in zip(run(inputs, clean, kept), run(poisoned, clean, kept), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+            known = want.isfinite()  # decays at their ends have no gradient in some places
+            torch.testing.assert_close(got[known], want[known], rtol=1e-5, atol=1e-5)
 
 
 SUMMARIES = {

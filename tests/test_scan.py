@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from seqlib.ops.selective_scan import step
 from seqlib.sequence import SequenceInfo
 
 BACKENDS = ("torch", "native")
-SCANS = {"linear": importlib.import_module("seqlib.ops.linear_scan"), "selective": step.__globals__}
+SCANS = {"linear": importlib.import_module("seqlib.ops.linear_scan"), "selective": inspect.unwrap(step).__globals__}
 needs_native = pytest.mark.skipif(native.why_unavailable("cpu") is not None, reason="no native library")
 
 

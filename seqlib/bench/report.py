@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from seqlib import native
+from seqlib import cpu, native
 from seqlib.bench import Peer, bench_op, limits, machine
 from seqlib.bench.clock import DTYPES, keep_freed_memory
 from seqlib.dispatch import op_names
@@ -108,14 +108,14 @@ def main(arguments: Sequence[str] | None = None, peers: Mapping[str, Mapping[str
     parser.add_argument("--budget", type=float, default=5.0, help="seconds per contender and comparison")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument(
-        "--isa", choices=native.HELD, help="as on a machine without anything beyond it: ours, torch and peers"
+        "--isa", choices=cpu.HELD, help="as on a machine without anything beyond it: ours, torch and peers"
     )
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.ops) - set(op_names()))
     if unknown:
         parser.error(f"unknown op {', '.join(unknown)}; known: {', '.join(op_names())}")
     if options.isa:
-        if held := native.held_environment(options.isa):
+        if held := cpu.held_environment(options.isa):
             again = [sys.executable, "-m", "seqlib.bench", *(sys.argv[1:] if arguments is None else arguments)]
             if peers:
                 parser.error(f"--isa {options.isa} is for python -m seqlib.bench, without peers of other packages")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlib.dispatch import values_seen
+from seqlib.context import values_seen
 from seqlib.errors import UnsupportedInput
 from seqlib.sequence import SequenceInfo, previous_real
 

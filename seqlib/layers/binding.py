@@ -42,7 +42,7 @@ class Binding:
     @contextlib.contextmanager
     def use(self, root: nn.Module, x: Tensor) -> Iterator[None]:
         """Remember inside the block, which runs `root` on x."""
-        if torch.compiler.is_compiling() or not is_plain(x):
+        if not is_plain(x):
             yield
             return
         now = mode(x.device.type)
@@ -94,6 +94,8 @@ def _describe(root: nn.Module) -> tuple[Any, ...]:
 
 def bound(key: Hashable, make: Callable[[], T], *tensors: Tensor | None) -> T:
     """What `make` returned for this key, which names the modules that it looks at, and tensors of these layouts."""
+    if torch.compiler.is_compiling():
+        return make()
     binding = _current.get()
     if binding is None:
         return make()
@@ -109,9 +111,10 @@ def fusable(*layers: nn.Module, on: Tensor | None = None) -> bool:
     """Whether an op may take the parameters of these layers in place of their calls.
 
     That is so for `Linear`, `ShortConv` and `RMSNorm` that nobody has replaced (an adapter, a quantised layer), whose
-    parameters are plain tensors, and whose calls nobody watches. With `on`, their input, autocast counts as somebody.
+    parameters are plain tensors, and whose calls nobody watches. With `on`, the input of a decoding step, autocast and
+    compilers count as somebody.
     """
-    if on is not None and torch.is_autocast_enabled(on.device.type):
+    if on is not None and (torch.compiler.is_compiling() or torch.is_autocast_enabled(on.device.type)):
         return False
     return bound(("fusable", layers), lambda: all(map(_ours, layers)) and not watched(*layers))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from seqlib.dispatch import counted
+from seqlib.context import counted
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.fused import is_plain
 from seqlib.ops.linear import FEW_ROWS, few_rows

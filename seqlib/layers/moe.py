@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlib.dispatch import batched
+from seqlib.context import batched
 from seqlib.errors import ConfigError
 from seqlib.fields import from_fields
 from seqlib.layers.init import fill_, linear_, uniform_

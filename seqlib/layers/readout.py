@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlib.dispatch import counted
+from seqlib.context import counted
 from seqlib.errors import ConfigError
 from seqlib.layers.binding import fusable
 from seqlib.layers.init import fill_, linear_
@@ -89,4 +89,5 @@ class Readout(nn.Module):
             and proj is not None
             and fusable(proj)
             and y.dtype == proj.weight.dtype
+            and not torch.is_autocast_enabled("cpu")
         )

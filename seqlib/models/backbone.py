@@ -97,12 +97,19 @@ class Backbone(nn.Module):
         """One position, x: (batch, d_model). Writes into `state` and returns it."""
         if self.config.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        first = x
-        with self._binding.use(self, x):
-            for i, layer in enumerate(self._first(depth)):
-                x, state.states[i] = self._step(layer, x, state.states[i], *self._aside(i, first))
+        if torch.compiler.is_compiling():
+            x = self._steps(x, state, depth)
+        else:
+            with self._binding.use(self, x):
+                x = self._steps(x, state, depth)
         state.seqlen += 1
         return self.norm(x), state
+
+    def _steps(self, x: Tensor, state: StateList, depth: int | None) -> Tensor:
+        first = x
+        for i, layer in enumerate(self._first(depth)):
+            x, state.states[i] = self._step(layer, x, state.states[i], *self._aside(i, first))
+        return x
 
     @staticmethod
     def _step(layer: Block, x: Tensor, state: State, *aside: Any) -> tuple[Tensor, State]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seqlib.dispatch import values_seen
+from seqlib.context import values_seen
 from seqlib.errors import ConfigError, UnsupportedInput
 from seqlib.layers.binding import fusable
 from seqlib.layers.init import normal_

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from seqlib.dispatch import transformed, undisturbed
+from seqlib.context import transformed, undisturbed
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["once", "recomputed"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlib.dispatch import undisturbed
+from seqlib.context import undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import KVState
 from seqlib.ops.decays import FORGETS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import values_seen
+from seqlib.context import values_seen
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import KVState
 from seqlib.ops.decays import FORGETS

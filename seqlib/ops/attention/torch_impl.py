@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seqlib.dispatch import batched, forward_mode
+from seqlib.context import batched, forward_mode, transformed
 from seqlib.ops.attention.past import Tokens, with_past
 from seqlib.ops.attention.state import KVState, append
 from seqlib.ops.decays import FORGETS, summable
@@ -245,13 +245,15 @@ def _gated(
     gradients has no fused kernel, so they come through two features more, whose product is zero.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    between = (sums.detach().transpose(1, 2) - key_sums.detach().permute(0, 2, 3, 1)).to(wide)
+    plain = transformed() or batched()  # nothing fused runs there, so the mask has its own derivatives
+    rows, columns = (sums, key_sums) if plain else (sums.detach(), key_sums.detach())
+    between = (rows.transpose(1, 2) - columns.permute(0, 2, 3, 1)).to(wide)
     if is_causal:
         attn_mask = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if attn_mask is not None:
         between = between.masked_fill(~attn_mask, -torch.inf)
     q, k = q.to(wide) * scale, k.to(wide)
-    if torch.is_grad_enabled() and (sums.requires_grad or key_sums.requires_grad):
+    if not plain and torch.is_grad_enabled() and (sums.requires_grad or key_sums.requires_grad):
         gate, key_gate = ((t - t.detach()).to(wide) for t in (sums, key_sums))
         q = torch.cat([q, gate, torch.ones_like(gate)], -1)
         k = torch.cat([k, torch.ones_like(key_gate), -key_gate], -1)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op, preferred, remembered, undisturbed
+from seqlib.context import undisturbed
+from seqlib.dispatch import Facts, Impl, Op, preferred, remembered
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["FEW_ROWS", "IMPLS", "OP", "WIDEST", "few_rows", "linear"]

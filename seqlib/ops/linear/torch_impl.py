@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from seqlib import native
+from seqlib import cpu
 
 __all__ = ["linear", "product"]
 
@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`; where the CPU has no 16-bit products and the result is only looked at, by `_widened`."""
-    if x.dtype in _HALF and x.device.type == "cpu" and not native.multiplies(x.dtype):
+    if x.dtype in _HALF and x.device.type == "cpu" and not cpu.multiplies(x.dtype):
         given = [t for t in (x, weight, bias) if t is not None]
         if all(t.dtype == x.dtype and type(t) in (Tensor, nn.Parameter) for t in given) and not (
             (torch.is_grad_enabled() and any(t.requires_grad for t in given))

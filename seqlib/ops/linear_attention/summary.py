@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import undisturbed
+from seqlib.context import undisturbed
 from seqlib.ops.decays import decayed, summable
 from seqlib.ops.documents import zero_padding
 from seqlib.sequence import SequenceInfo

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op, undisturbed
+from seqlib.context import undisturbed
+from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.fused import REFUSES, few_rows_only, step_facts, writable
 from seqlib.ops.linear import WIDEST

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op, undisturbed
+from seqlib.context import undisturbed
+from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 
 __all__ = ["IMPLS", "OP", "rms_norm", "unit_length"]

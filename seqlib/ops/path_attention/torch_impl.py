@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlib.dispatch import undisturbed
+from seqlib.context import undisturbed
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.attention.state import append
 from seqlib.ops.attention.torch_impl import sums_of_last

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlib.dispatch import undisturbed
+from seqlib.context import undisturbed
 from seqlib.ops.rpe_attention.exponentials import Exponentials, relative_weights
 from seqlib.ops.rpe_attention.state import ExponentialState, WindowState, check_state
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqlib.dispatch import undisturbed
+from seqlib.context import undisturbed
 
 __all__ = ["RANGE", "Exponentials", "exponential_count", "fit_exponentials", "relative_weights"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import Facts, Impl, Op, undisturbed
+from seqlib.context import undisturbed
+from seqlib.dispatch import Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.selective_scan.summary import combine, state_dtype, summarize
 from seqlib.sequence import SequenceInfo

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import OPEN, Facts, Impl, Op, undisturbed
+from seqlib.context import undisturbed
+from seqlib.dispatch import OPEN, Facts, Impl, Op
 from seqlib.errors import UnsupportedInput
 from seqlib.ops.ssm_kernel.dense import (
     dense_final_state,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from seqlib.dispatch import undisturbed
+from seqlib.context import undisturbed
 from seqlib.ops.ssm_kernel.torch_impl import block_size
 
 __all__ = ["DenseSSM", "dense_final_state", "dense_state_outputs", "dplr_dense", "dplr_recurrence", "dplr_truncate"]
