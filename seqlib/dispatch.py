@@ -257,7 +257,7 @@ def remembered(key: Hashable, choose: Callable[[], T]) -> T:
 
 def mode(device: str) -> tuple[Any, ...]:
     """What else than its arguments decides which row a call gets; equal for calls that may share a choice."""
-    return _scope.get(), os.environ.get("SEQLIB_BACKEND"), torch.is_autocast_enabled(device), transforms()
+    return device, _scope.get(), os.environ.get("SEQLIB_BACKEND"), torch.is_autocast_enabled(device), transforms()
 
 
 @torch.compiler.assume_constant_result  # compilers cannot trace a ContextVar; the scope at trace time holds

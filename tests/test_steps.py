@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqlib import dispatch, native, use_backend
 from seqlib.errors import BackendUnavailable, UnsupportedInput
-from seqlib.layers.linear import Linear
+from seqlib.layers.linear import Linear, ordinary
 from seqlib.layers.norm import RMSNorm
 from seqlib.layers.rotary import Rotary
 from seqlib.layers.steps import project
@@ -186,7 +188,32 @@ def test_what_was_found_is_forgotten_after_a_change() -> None:
     assert count() == 1
     mixer.in_proj.weight.data = mixer.in_proj.weight.data.float()
     assert count() == 2
-    assert not copy.deepcopy(model)._binding.found and pickle.loads(pickle.dumps(model))._binding.found == {}
+    ordinary(mixer)
+    assert count() == 1
+    assert all(m._binding._known is None for m in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))))
+
+
+def test_threads_keep_their_modes_apart() -> None:
+    """Two threads step one model by turns, one of them with a backend in scope: each gets its own rows."""
+    model = Backbone(BackboneConfig(d_model=40, n_layer=2, mixers={"m": {"kind": "mamba"}}, layer_pattern="m")).eval()
+    both, first = threading.Barrier(2, timeout=60), threading.Event()
+
+    def meet(*_: Any) -> None:
+        both.wait()
+        if dispatch.preferred("mamba_step") == "torch":
+            assert first.wait(60), "the other thread has not come to its end"
+
+    model.layers[0].register_forward_pre_hook(meet)  # a hooked layer calls forward
+
+    def run(scope: dict[str, str]) -> int:
+        with torch.no_grad(), use_backend(**scope), _Calls() as seen:
+            model.step(torch.zeros(1, 40), model.initial_state(1))
+        first.set()
+        return seen.names.count("seqlib::mamba_step")
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, ({}, {"mamba_step": "torch"})))
+    assert found == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from itertools import chain
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,12 @@ class Binding:
     Decoding asks the same of the same modules at every token: whether somebody wants to see their calls, whether an op
     may read their weights, which row of its table takes them. Inside `use`, `bound` and `fusable` remember the answers;
     `use` compares the tree with how it was in one flat pass and forgets everything after a change: a hook, a layer or a
-    parameter that was replaced, another dtype, another backend in scope, autocast.
+    parameter that was replaced, another dtype or device, another backend in scope, autocast. Threads that run one model
+    in different modes do not see each other's answers.
     """
 
     def __init__(self) -> None:
-        self.found: dict[Hashable, Any] = {}
-        self._tree: tuple[Any, ...] = ()
-        self._mode: tuple[Any, ...] = ()
+        self._known: _Known | None = None
 
     @contextlib.contextmanager
     def use(self, root: nn.Module, x: Tensor) -> Iterator[None]:
@@ -45,41 +44,38 @@ class Binding:
         if not is_plain(x):
             yield
             return
-        now = mode(x.device.type)
-        if self._mode != now or not self._tree or not self._unchanged():
-            self.found, self._mode, self._tree = {}, now, _describe(root)
-        token = _current.set(self)
+        now, known = mode(x.device.type), self._known  # read once: another thread may put its own there
+        if known is None or known.mode != now or not _unchanged(known.tree):
+            known = self._known = _Known(now, _describe(root), {})
+        token = _current.set(known.found)
         try:
             yield
         finally:
             _current.reset(token)
 
-    def _unchanged(self) -> bool:
-        empty, hooked, attributes, sizes, parts, part_list, slots, parameters, dtypes = self._tree
-        if any(empty) or not all(hooked) or list(map(len, attributes)) != sizes:
-            return False
-        now = list(chain.from_iterable(map(dict.values, parts)))
-        if len(now) != len(part_list) or not all(map(is_, now, part_list)):
-            return False
-        now = list(chain.from_iterable(map(dict.values, slots)))
-        if len(now) != len(parameters) or not all(map(is_, now, parameters)):
-            return False
-        return [None if p is None else p.dtype for p in now] == dtypes
-
     def __reduce__(self) -> tuple[type[Binding], tuple[()]]:
         return (Binding, ())
 
 
-_current: ContextVar[Binding | None] = ContextVar("seqlib_binding", default=None)
+class _Known(NamedTuple):
+    mode: tuple[Any, ...]
+    tree: tuple[Any, ...]
+    found: dict[Hashable, Any]
+
+
+_current: ContextVar[dict[Hashable, Any] | None] = ContextVar("seqlib_binding", default=None)
 
 
 def _describe(root: nn.Module) -> tuple[Any, ...]:
-    modules = [m.__dict__ for m in root.modules()]
+    tree = list(root.modules())
+    modules = [m.__dict__ for m in tree]
     hooks = [m[name] for m in modules for name in _HOOKS]
     hooks += [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
     parts, slots = [m["_modules"] for m in modules], [m["_parameters"] for m in modules]
     parameters = list(chain.from_iterable(map(dict.values, slots)))
     return (
+        tree,
+        list(map(type, tree)),
         [h for h in hooks if not h],
         [h for h in hooks if h],
         modules,
@@ -92,18 +88,31 @@ def _describe(root: nn.Module) -> tuple[Any, ...]:
     )
 
 
+def _unchanged(known: tuple[Any, ...]) -> bool:
+    tree, types, empty, hooked, attributes, sizes, parts, part_list, slots, parameters, dtypes = known
+    if any(empty) or not all(hooked) or list(map(len, attributes)) != sizes or list(map(type, tree)) != types:
+        return False
+    now = list(chain.from_iterable(map(dict.values, parts)))
+    if len(now) != len(part_list) or not all(map(is_, now, part_list)):
+        return False
+    now = list(chain.from_iterable(map(dict.values, slots)))
+    if len(now) != len(parameters) or not all(map(is_, now, parameters)):
+        return False
+    return [None if p is None else p.dtype for p in now] == dtypes
+
+
 def bound(key: Hashable, make: Callable[[], T], *tensors: Tensor | None) -> T:
     """What `make` returned for this key, which names the modules that it looks at, and tensors of these layouts."""
     if torch.compiler.is_compiling():
         return make()
-    binding = _current.get()
-    if binding is None:
+    found = _current.get()
+    if found is None:
         return make()
     key = (key, *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
     try:
-        return binding.found[key]
+        return found[key]
     except KeyError:
-        made = binding.found[key] = make()
+        made = found[key] = make()
         return made
 
 
